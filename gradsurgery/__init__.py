@@ -1,0 +1,17 @@
+"""Multi-task gradient surgery as a PyTorch optimizer plugin."""
+
+from gradsurgery import kernels, methods
+from gradsurgery._aggregate import aggregate
+from gradsurgery.optimizer import AdaptiveGradientSurgery
+from gradsurgery.report import SurgeryReport
+
+__all__ = [
+    "AdaptiveGradientSurgery",
+    "SurgeryReport",
+    "__version__",
+    "aggregate",
+    "kernels",
+    "methods",
+]
+
+__version__ = "0.1.0"

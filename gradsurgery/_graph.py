@@ -1,0 +1,101 @@
+"""What the autograd graph says before anything runs: who reaches what, and what must be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+__all__ = ["GraphSurvey", "survey"]
+
+_ACCUMULATE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+# Nodes that hand a sparse gradient straight to a leaf, and the attribute that says whether.
+_SPARSE_FLAGS = {
+    "EmbeddingBackward0": "_saved_sparse",
+    "EmbeddingBagBackward0": "_saved_sparse",
+    "GatherBackward0": "_saved_sparse_grad",
+}
+# A node written in Python whose inputs are all it reaches: what torch.compile makes.
+_TRANSPARENT = "CompiledFunctionBackward"
+
+
+@dataclass
+class GraphSurvey:
+    """Result of `survey`; sets of tasks are bit masks (bit t: task t)."""
+
+    retain: list[bool]
+    """Whether task t's backward must keep its graph, because a later task shares a part of it."""
+    leaves: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    """id(leaf) -> the leaf and the tasks that reach it."""
+    opaque: int = 0
+    """Tasks with a node that may run another backward inside (reentrant checkpointing,
+    reversible layers): they can reach leaves that the graph does not show."""
+    sparse: list[Tensor] = field(default_factory=list)
+    """Leaves that will get a sparse gradient."""
+
+    def tasks_of(self, leaf: Tensor) -> int:
+        """The tasks whose graph shows that they reach the leaf."""
+        return self.leaves.get(id(leaf), (leaf, 0))[1]
+
+
+def survey(losses: Sequence[Tensor]) -> GraphSurvey:
+    """Walk the graphs of all losses once: O(nodes), whatever the number of tasks."""
+    masks: dict[Node, int] = {}
+    for task, loss in enumerate(losses):
+        root = get_gradient_edge(loss).node
+        masks[root] = masks.get(root, 0) | 1 << task
+    result = GraphSurvey(retain=[False] * len(losses))
+    kept = 0
+    for node in _topological_order(list(masks)):
+        mask = masks[node]
+        if isinstance(node, _ACCUMULATE):
+            leaf: Tensor = node.variable  # type: ignore[attr-defined]
+            result.leaves[id(leaf)] = (leaf, mask)
+            continue
+        # Every task but the last one that comes by has to leave the node's buffers in place.
+        kept |= mask ^ (1 << (mask.bit_length() - 1))
+        if _is_opaque(node):
+            result.opaque |= mask
+        for following, _ in node.next_functions:
+            if following is not None:
+                masks[following] = masks.get(following, 0) | mask
+        result.sparse.extend(_sparse_leaves(node))
+    result.retain = [bool(kept >> task & 1) for task in range(len(losses))]
+    return result
+
+
+def _topological_order(roots: list[Node]) -> list[Node]:
+    """Every node before all those that it leads to (depth first, without recursion)."""
+    finished: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root, False) for root in roots]
+    entered: set[Node] = set()
+    while stack:
+        node, done = stack.pop()
+        if done:
+            finished.append(node)
+            continue
+        if node in entered:
+            continue
+        entered.add(node)
+        stack.append((node, True))
+        for following, _ in node.next_functions:
+            if following is not None and following not in entered:
+                stack.append((following, False))
+    finished.reverse()
+    return finished
+
+
+def _is_opaque(node: Node) -> bool:
+    written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return written_in_python and node.name() != _TRANSPARENT
+
+
+def _sparse_leaves(node: Node) -> list[Tensor]:
+    flag = _SPARSE_FLAGS.get(type(node).__name__)
+    if flag is None or not getattr(node, flag, False):
+        return []
+    following = [n for n, _ in node.next_functions if isinstance(n, _ACCUMULATE)]
+    return [n.variable for n in following]  # type: ignore[attr-defined]

@@ -1,0 +1,73 @@
+"""Reads the `losses` argument: names, checks, and errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["read_losses"]
+
+Losses = Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def read_losses(losses: Losses, devices: set[torch.device]) -> tuple[tuple[str, ...], list[Tensor]]:
+    """Names and losses, checked.
+
+    Args:
+        losses: a sequence of 0-dim tensors, or a mapping from names to them.
+        devices: where the parameters under surgery live.
+
+    Raises:
+        TypeError: not a sequence or mapping of tensors.
+        ValueError: no losses; a loss that is no real scalar, has no graph, or is on a device that
+            holds none of the parameters; two losses under one name.
+    """
+    if isinstance(losses, Tensor) or not isinstance(losses, Sequence | Mapping):
+        raise TypeError(
+            "losses must be a sequence of 0-dim tensors or a mapping from names to them, not "
+            f"{_describe(losses)}; write backward([loss_a, loss_b])"
+        )
+    if not losses:
+        raise ValueError("losses is empty; backward needs at least one loss")
+    if isinstance(losses, Mapping):
+        names = tuple(str(name) for name in losses)
+        tensors = list(losses.values())
+    else:
+        names = tuple(f"task_{index}" for index in range(len(losses)))
+        tensors = list(losses)
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"losses has two tasks under one name: {', '.join(twice)}")
+    for name, loss in zip(names, tensors, strict=True):
+        _check_loss(name, loss, devices)
+    return names, tensors
+
+
+def _check_loss(name: str, loss: object, devices: set[torch.device]) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"losses[{name!r}] must be a tensor; got {_describe(loss)}")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"losses[{name!r}] must be a scalar (0-dim); got shape {list(loss.shape)}: "
+            "reduce it with .mean() or .sum()"
+        )
+    if not loss.is_floating_point():
+        raise ValueError(f"losses[{name!r}] must be a real number; got dtype {loss.dtype}")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"losses[{name!r}] has no graph: it does not require grad, so no gradient can come "
+            "from it (was it computed under no_grad, detached, or from frozen parameters only?)"
+        )
+    if devices and loss.device not in devices:
+        held = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"losses[{name!r}] is on {loss.device}, the parameters under surgery are on {held}"
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"

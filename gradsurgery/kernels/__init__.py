@@ -1,0 +1,5 @@
+"""The two operations that touch anything of size D: `gram` and `combine`."""
+
+from gradsurgery.kernels._dispatch import combine, gram
+
+__all__ = ["combine", "gram"]

@@ -1,0 +1,118 @@
+"""What users call: checks, complex numbers, choice of backend. The work is done next door."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradsurgery.kernels import blocked, reference
+
+__all__ = ["combine", "gram"]
+
+_BACKENDS = ("auto", "torch", "reference")
+
+
+@torch.no_grad()
+def gram(gradients: Tensor, *, backend: str = "auto") -> Tensor:
+    """Gram matrix of the task gradients, M = G Gᵀ.
+
+    Args:
+        gradients: [T, D], one row per task; float16, bfloat16, float32, float64 or complex
+            (a complex gradient counts as the vector of its real and imaginary parts). Rows may
+            have any strides.
+        backend: "auto" and "torch" run blocked torch ops; "reference" runs the plain definition
+            in float64.
+
+    Returns:
+        [T, T], float64, on the device of `gradients`. It does not require grad.
+
+    Raises:
+        TypeError: `gradients` is no floating-point or complex tensor.
+        ValueError: `gradients` is not [T, D] with T >= 1, or `backend` is unknown.
+
+    Example:
+        >>> import torch
+        >>> gram(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[25.,  8.],
+                [ 8.,  4.]], dtype=torch.float64)
+    """
+    _check_backend(backend)
+    rows = _real_rows(gradients)
+    with _full_precision(rows):
+        return reference.gram(rows) if backend == "reference" else blocked.gram(rows)
+
+
+@torch.no_grad()
+def combine(
+    gradients: Tensor, weights: Tensor, out: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Combined gradient, g = Gᵀ w.
+
+    Args:
+        gradients: [T, D] as in `gram`.
+        weights: [T], real, on the same device.
+        out: [D], dtype and device of `gradients`; may be `gradients[0]`, which is then
+            overwritten in place. None: a new tensor.
+        backend: as in `gram`.
+
+    Returns:
+        [D], the dtype of `gradients`: `out` where it was given.
+
+    Raises:
+        TypeError: wrong dtype of `gradients` or `out`.
+        ValueError: shapes or devices that do not fit, or an unknown `backend`.
+
+    Example:
+        >>> import torch
+        >>> combine(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([2.0, 0.5]))
+        tensor([2., 1.])
+    """
+    _check_backend(backend)
+    rows = _real_rows(gradients)
+    if weights.shape != gradients.shape[:1] or weights.is_complex():
+        raise ValueError(
+            f"weights must be real and [T] = [{gradients.shape[0]}], one weight per row of "
+            f"gradients; got {weights.dtype} {list(weights.shape)}"
+        )
+    if weights.device != gradients.device:
+        raise ValueError(
+            f"weights are on {weights.device}, gradients on {gradients.device}; move one of them"
+        )
+    if out is None:
+        out = torch.empty(gradients.shape[1], dtype=gradients.dtype, device=gradients.device)
+    elif out.dtype != gradients.dtype:
+        raise TypeError(f"out must have the dtype {gradients.dtype}; got {out.dtype}")
+    elif out.shape != gradients.shape[1:] or out.device != gradients.device:
+        raise ValueError(
+            f"out must be [D] = [{gradients.shape[1]}] on {gradients.device}; "
+            f"got {list(out.shape)} on {out.device}"
+        )
+    target = torch.view_as_real(out).flatten() if out.is_complex() else out
+    with _full_precision(rows):
+        if backend == "reference":
+            target.copy_(reference.combine(rows, weights))
+        else:
+            blocked.combine_into(rows, weights, target)
+    return out
+
+
+def _full_precision(rows: Tensor) -> torch.autocast:
+    # Inside the caller's autocast region the products below would run in half precision.
+    return torch.autocast(rows.device.type, enabled=False)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}; got {backend!r}")
+
+
+def _real_rows(gradients: Tensor) -> Tensor:
+    if not isinstance(gradients, Tensor):
+        raise TypeError(f"gradients must be a tensor [T, D]; got {type(gradients).__name__}")
+    if not (gradients.is_floating_point() or gradients.is_complex()):
+        raise TypeError(f"gradients must be floating-point or complex; got {gradients.dtype}")
+    if gradients.dim() != 2 or gradients.shape[0] == 0:
+        raise ValueError(f"gradients must be [T, D] with T >= 1; got {list(gradients.shape)}")
+    if gradients.is_complex():
+        return torch.view_as_real(gradients).flatten(1)
+    return gradients

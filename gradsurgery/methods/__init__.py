@@ -1,0 +1,50 @@
+"""Methods: rules that turn the Gram matrix of the task gradients into task weights."""
+
+from __future__ import annotations
+
+import difflib
+
+from gradsurgery.methods._base import Method
+from gradsurgery.methods.ags import AGS
+from gradsurgery.methods.gradvac import GradVac
+from gradsurgery.methods.mean import Mean
+from gradsurgery.methods.pcgrad import PCGrad
+from gradsurgery.methods.sum import Sum
+
+__all__ = ["AGS", "GradVac", "Mean", "Method", "PCGrad", "Sum", "available", "resolve"]
+
+_METHODS: tuple[type[Method], ...] = (AGS, GradVac, Mean, PCGrad, Sum)
+
+
+def available() -> tuple[str, ...]:
+    """The names that `method=` takes, in alphabetical order.
+
+    Example:
+        >>> available()
+        ('ags', 'gradvac', 'mean', 'pcgrad', 'sum')
+    """
+    return tuple(sorted(method.name for method in _METHODS))
+
+
+def resolve(method: str | Method) -> Method:
+    """The method that `method=` means: a name gives a new one with defaults, an instance itself.
+
+    Raises:
+        TypeError: neither a name nor an instance.
+        ValueError: a name that no method has; the nearest one is offered.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        hint = ""
+        if isinstance(method, type) and issubclass(method, Method):
+            hint = f"; write {method.__name__}() with parentheses"
+        raise TypeError(f"method must be a name or an instance of Method; got {method!r}{hint}")
+    for candidate in _METHODS:
+        if candidate.name == method:
+            return candidate()
+    near = difflib.get_close_matches(method.lower(), available(), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"method {method!r} is unknown; {hint}The methods are: {', '.join(available())}"
+    )

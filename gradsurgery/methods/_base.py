@@ -1,0 +1,87 @@
+"""What a method is: a pure rule from the Gram matrix to task weights, plus a little state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Method"]
+
+
+class Method(ABC):
+    """A rule M -> w. It never sees anything of size D.
+
+    A subclass defines `name` and `_solve`, and, where it keeps state from step to step,
+    `state_dict`, `load_state_dict` and `check`.
+    """
+
+    name: ClassVar[str]
+    """The name that `method=` takes."""
+
+    reads_gram: ClassVar[bool] = True
+    """Whether w depends on M at all. If so, a Gram matrix that is not finite gives weights that
+    are not finite: the error must reach whoever checks the gradients, GradScaler for one."""
+
+    @torch.no_grad()
+    def weights(
+        self,
+        gram: Tensor,
+        *,
+        losses: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Task weights for a Gram matrix, or for a batch of them.
+
+        Args:
+            gram: [..., T, T], real, symmetric, M_ij = g_i·g_j.
+            losses: [..., T], the losses' values, for methods that look at them.
+            generator: source of every random choice; None: torch's default generator.
+
+        Returns:
+            [..., T], float64, on the device of `gram`. The combined gradient is Σ_t w_t g_t.
+
+        Raises:
+            TypeError: `gram` is not a real floating-point tensor.
+            ValueError: `gram` is not [..., T, T] with T >= 1, or does not fit the method's state.
+        """
+        _check_gram(gram)
+        self.check(gram.shape[:-1])
+        with torch.autocast(gram.device.type, enabled=False):
+            exact = gram.to(torch.float64)
+            solved = self._solve(exact, losses, generator)
+            if not self.reads_gram:
+                return solved
+            finite = exact.isfinite().all(-1).all(-1)[..., None]
+            return torch.where(finite, solved, torch.nan)
+
+    @abstractmethod
+    def _solve(
+        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """[..., T, T] float64 -> [..., T] float64, without waiting for the device."""
+
+    def check(self, shape: torch.Size) -> None:  # noqa: B027 - most methods keep no state
+        """Raise ValueError where a Gram matrix for tasks of shape [..., T] does not fit."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that shapes the next step: plain Python values and tensors only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take up what `state_dict` gave."""
+
+    def __repr__(self) -> str:
+        """Class and hyperparameters, as they would be written to make this method again."""
+        fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
+
+
+def _check_gram(gram: Tensor) -> None:
+    if not isinstance(gram, Tensor) or not gram.is_floating_point():
+        kind = gram.dtype if isinstance(gram, Tensor) else type(gram).__name__
+        raise TypeError(f"gram must be a real floating-point tensor [..., T, T]; got {kind}")
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
+        raise ValueError(f"gram must be [..., T, T] with T >= 1; got {list(gram.shape)}")

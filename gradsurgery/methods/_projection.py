@@ -1,0 +1,68 @@
+"""What PCGrad, AGS and GradVac share: the walk over pairs of tasks in random order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["TaskOrder", "divide_or_zero", "visits"]
+
+
+def divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, and 0 where the denominator is 0 (a zero gradient: nothing to do)."""
+    zero = denominator == 0
+    return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
+
+
+class TaskOrder:
+    """In which order each task i meets the others.
+
+    Args:
+        shape: [..., T], one order per leading index.
+        device: where the orders are used.
+        shared: one order for every i (the authors' AGS script) or a fresh one each (PCGrad).
+        generator: where the randomness comes from. With T <= 2 the order cannot matter, and
+            nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        device: torch.device,
+        *,
+        shared: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        count = shape[-1]
+        if count <= 2:
+            self.order = torch.arange(count, device=device).expand(*shape, count)
+            return
+        rows = 1 if shared else count
+        source = generator.device if generator is not None else torch.device("cpu")
+        noise = torch.rand(
+            *shape[:-1], rows, count, generator=generator, dtype=torch.float64, device=source
+        )
+        order = noise.argsort(dim=-1).expand(*shape, count)
+        # A few hundred bytes from the host: queued, not waited for.
+        self.order = order.to(device, non_blocking=True)
+
+
+def visits(gram: Tensor, order: TaskOrder) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Walk all rows i at once through their orders: T steps, whatever the batch.
+
+    Rows do not depend on each other, because every projection is onto an ORIGINAL gradient.
+
+    Yields:
+        For each step: `partner` [..., T, 1], the j that row i meets; `column` [..., T, T], row i
+        holding M[:, j]; `square` [..., T], M_jj; `other` [..., T], True where j is not i.
+    """
+    count = gram.shape[-1]
+    itself = torch.arange(count, device=gram.device)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    for step in range(count):
+        partner = order.order[..., step]
+        # M is symmetric: row j serves as column j.
+        column = gram.gather(-2, partner[..., None].expand_as(gram))
+        yield partner[..., None], column, diagonal.gather(-1, partner), partner != itself

@@ -1,0 +1,72 @@
+"""Adaptive Gradient Surgery: PCGrad, rescaled to the length of the plain sum."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsurgery.methods._base import Method
+from gradsurgery.methods._projection import TaskOrder, divide_or_zero
+from gradsurgery.methods.pcgrad import project_conflicts
+
+__all__ = ["AGS"]
+
+# Below this part of trace(M), wᵀMw is what rounding left of a sum that cancelled: float32
+# gradients give M to about 1e-7, relative to the product of the two norms.
+_CANCELLED = 1e-7
+
+
+class AGS(Method):
+    """Adaptive Gradient Surgery: conflicts projected away, the plain sum's norm kept.
+
+    With w from the projections (`PCGrad`, but with one random order per step that every task
+    uses, as in the authors' script), w ← w · sqrt(1ᵀM1 / wᵀMw), so ‖Gᵀw‖ = ‖Σ_t g_t‖.
+
+    Where nothing conflicts w = 1 to the bit: the plain sum. Two tasks with equal norms also give
+    the plain sum, whatever their angle: AGS changes the direction only where norms differ.
+
+    Args:
+        max_scale: upper limit of the rescale factor, which grows without bound as two gradients
+            come to oppose each other. None: no limit, the published behaviour.
+
+    Deviation from the paper: where the projected gradients cancel (wᵀMw under 1e-7 of trace M)
+    only rounding noise is left, and it is not scaled up to full length.
+
+    Raises:
+        ValueError: `max_scale` is not positive.
+
+    Source: SLAM-AGS, arXiv 2511.14639, and the authors' training script.
+
+    Example:
+        >>> import torch
+        >>> AGS().weights(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
+        tensor([1.5119, 0.9449], dtype=torch.float64)
+    """
+
+    name: ClassVar[str] = "ags"
+
+    def __init__(self, max_scale: float | None = None) -> None:
+        if max_scale is not None and not max_scale > 0:
+            raise ValueError(f"max_scale must be positive or None; got {max_scale!r}")
+        self.max_scale = max_scale
+
+    def _solve(
+        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        order = TaskOrder(gram.shape[:-1], gram.device, shared=True, generator=generator)
+        projected = project_conflicts(gram, order)
+        before = _square_norm(gram, torch.ones_like(projected))
+        after = _square_norm(gram, projected)
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        scale = divide_or_zero(before.clamp(min=0), after).sqrt()
+        if self.max_scale is not None:
+            scale = scale.clamp(max=self.max_scale)
+        scale = torch.where(after <= _CANCELLED * trace, 1.0, scale)
+        return projected * scale[..., None]
+
+
+def _square_norm(gram: Tensor, weights: Tensor) -> Tensor:
+    """‖Gᵀw‖² = wᵀMw: [..., T, T], [..., T] -> [...]."""
+    return (weights * (gram @ weights[..., None]).squeeze(-1)).sum(-1)

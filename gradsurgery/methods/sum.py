@@ -1,0 +1,30 @@
+"""The plain sum: what `(loss_a + loss_b).backward()` does."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsurgery.methods._base import Method
+
+__all__ = ["Sum"]
+
+
+class Sum(Method):
+    """w_t = 1: no surgery. The baseline that any gain has to be measured against.
+
+    Example:
+        >>> import torch
+        >>> Sum().weights(torch.eye(3))
+        tensor([1., 1., 1.], dtype=torch.float64)
+    """
+
+    name: ClassVar[str] = "sum"
+    reads_gram: ClassVar[bool] = False
+
+    def _solve(
+        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        return gram.new_ones(gram.shape[:-1])

@@ -1,0 +1,287 @@
+"""AdaptiveGradientSurgery: the plugin, an Optimizer around an Optimizer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurgery._losses import Losses
+from gradsurgery.methods import Method, resolve
+from gradsurgery.report import SurgeryReport
+from gradsurgery.surgery import Surgery
+
+__all__ = ["AdaptiveGradientSurgery"]
+
+# One entry of our own in the first group: the place that every checkpoint tool carries along
+# (torch.distributed.checkpoint drops top-level keys that it does not know).
+_STATE_KEY = "gradient_surgery"
+
+
+class AdaptiveGradientSurgery(Optimizer):
+    """Gradient surgery around any optimizer: `backward(losses)` replaces `sum(losses).backward()`.
+
+    Each loss gets a backward pass of its own, M_ij = g_i·g_j is formed, a method turns M into
+    task weights w, and p.grad becomes Σ_t w_t g_t. Everything else is the wrapped optimizer's:
+    `param_groups`, `state` and `defaults` are its own, by reference.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`.
+        method: a name out of `gradsurgery.methods.available()`, or an instance such as
+            `gradsurgery.methods.AGS(max_scale=10.0)`.
+        scope: "shared": surgery on the parameters that two or more tasks reach, while a head keeps
+            its own task's plain gradient; "all": every parameter is under surgery.
+        granularity: "model": one Gram matrix over all of them.
+        every: 1: weights are solved at every call.
+        metric: "euclidean": plain dot products.
+        process_group: None.
+        seed: seeds the random order in which tasks meet; part of `state_dict`.
+
+    Other values of granularity, every, metric and process_group are planned, and refused by name.
+
+    Raises:
+        TypeError: `optimizer` is none, or is wrapped already; `method` is neither name nor method.
+        ValueError: an unknown method or scope.
+        NotImplementedError: a value that a later version will take.
+
+    Source: SLAM-AGS, arXiv 2511.14639, for the default method.
+
+    Example:
+        >>> import torch
+        >>> from gradsurgery import AdaptiveGradientSurgery
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = AdaptiveGradientSurgery(torch.optim.AdamW(model.parameters(), lr=1e-3))
+        >>> out = model(torch.ones(4, 3))
+        >>> optimizer.zero_grad()
+        >>> optimizer.backward([out[:, 0].mean(), (out[:, 1] - out[:, 0]).square().mean()])
+        >>> optimizer.step()
+    """
+
+    # Optimizer.__init__ is not called: it would make param_groups, state and hooks of its own,
+    # which go stale as soon as the wrapped optimizer's are rebound.
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        method: str | Method = "ags",
+        *,
+        scope: str = "shared",
+        granularity: str = "model",
+        every: int = 1,
+        metric: str = "euclidean",
+        process_group: Any = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, AdaptiveGradientSurgery):
+            raise TypeError("optimizer is wrapped in AdaptiveGradientSurgery already")
+        if scope not in ("shared", "all"):
+            raise ValueError(f"scope must be 'shared' or 'all'; got {scope!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int; got {seed!r}")
+        _only("granularity", granularity, "model")
+        _only("every", every, 1)
+        _only("metric", metric, "euclidean")
+        _only("process_group", process_group, None)
+        self._surgery = Surgery(optimizer, resolve(method), scope, seed)
+        self._make_hooks()
+
+    # ------------------------------------------------------------------ surgery
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        accumulate: bool = False,
+        retain_graph: bool | None = None,
+        features: Any = None,
+    ) -> None:
+        """One backward pass per loss, surgery, and the combined gradient in p.grad.
+
+        A parameter that no loss reaches keeps its p.grad. A gradient that is there already is
+        added to. With one loss this is `loss.backward()`. Hooks on tensors fire once per loss
+        that reaches them; post-accumulate-grad hooks fire once per loss too, and see that task's
+        gradient alone in p.grad. Parameters of other optimizers get the plain sum, as from
+        `sum(losses).backward()`, unless another AdaptiveGradientSurgery owns them.
+
+        Args:
+            losses: a sequence of 0-dim tensors, or a mapping from names to 0-dim tensors.
+            accumulate: True for a micro-batch: its gradients are added to the rows, p.grad stays
+                as it is, and the next plain call operates on the sum. `zero_grad()` drops
+                micro-batches that wait.
+            retain_graph: keep the graph for another backward, as in `Tensor.backward`.
+            features: planned.
+
+        Raises:
+            TypeError, ValueError: wrong losses or sparse gradients, before anything is changed.
+            NotImplementedError: DTensor parameters, or `features`.
+            RuntimeError: from autograd; p.grad is then what it was before the call.
+        """
+        _only("features", features, None)
+        self._surgery.backward(losses, accumulate=accumulate, retain_graph=bool(retain_graph))
+
+    @property
+    def last(self) -> SurgeryReport | None:
+        """What the last surgery saw and did; None before the first."""
+        return self._surgery.last
+
+    @property
+    def method(self) -> Method:
+        """The method in use."""
+        return self._surgery.method
+
+    # ---------------------------------------------------------------- optimizer
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the wrapped optimizer, with the hooks registered here around it."""
+        args: tuple[Any, ...] = () if closure is None else (closure,)
+        kwargs: dict[str, Any] = {}
+        for before in self._optimizer_step_pre_hooks.values():
+            changed = before(self, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        result = self._base.step(*args, **kwargs)
+        for after in self._optimizer_step_post_hooks.values():
+            after(self, args, kwargs)
+        return result
+
+    # Tells torch not to wrap `step` with the global hooks: the wrapped optimizer fires them.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients as the wrapped optimizer does, and micro-batches that wait."""
+        self._surgery.discard()
+        self._base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer; the next `backward` sees it."""
+        self._base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, with the surgery's own state as an entry of its first group."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state: dict[str, Any] = self._base.state_dict()
+        state["param_groups"][0][_STATE_KEY] = self._surgery.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, here or on the wrapped optimizer without surgery."""
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        own = [group.pop(_STATE_KEY, None) for group in groups]
+        self._base.load_state_dict({**state_dict, "param_groups": groups})
+        if own and own[0] is not None:
+            self._surgery.load_state_dict(own[0])
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's, by reference."""
+        return self._base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's, by reference; nothing of ours is in it."""
+        return self._base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's, by reference."""
+        return self._base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._base.defaults = value
+
+    # GradScaler sets these two on the object it was given, and a fused step reads them there.
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """What GradScaler hands to an optimizer that unscales by itself."""
+        return self._base.grad_scale  # type: ignore[attr-defined, no-any-return]
+
+    @grad_scale.setter
+    def grad_scale(self, value: Tensor | None) -> None:
+        self._base.grad_scale = value  # type: ignore[attr-defined]
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        del self._base.grad_scale  # type: ignore[attr-defined]
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """GradScaler's flag for an optimizer that skips steps by itself."""
+        return self._base.found_inf  # type: ignore[attr-defined, no-any-return]
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor | None) -> None:
+        self._base.found_inf = value  # type: ignore[attr-defined]
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        del self._base.found_inf  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------- object
+
+    @property
+    def _base(self) -> Optimizer:
+        return self._surgery.optimizer
+
+    def _make_hooks(self) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+
+    def __getattr__(self, name: str) -> Any:
+        # What the wrapped optimizer has beyond Optimizer (train() and eval() of schedule-free
+        # ones, _step_supports_amp_scaling of fused ones) is ours too.
+        if name == "_surgery" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self._base, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As torch's optimizers do, hooks stay behind.
+        return {"_surgery": self._surgery}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._surgery = state["_surgery"]
+        self._make_hooks()
+
+    def __repr__(self) -> str:
+        surgery = self._surgery
+        return (
+            f"{type(self).__name__}(method={surgery.method!r}, scope={surgery.scope!r}, "
+            f"optimizer={self._base!r})"
+        )
+
+
+def _only(argument: str, value: object, supported: object) -> None:
+    """Refuse by name what the public signature has room for and this version cannot do."""
+    if type(value) is not type(supported) or value != supported:
+        raise NotImplementedError(
+            f"{argument}={value!r} is not available in this version of gradsurgery; "
+            f"only {argument}={supported!r} is"
+        )

@@ -1,0 +1,286 @@
+"""One call of `backward`, from the losses to p.grad. The only module that touches p.grad."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsurgery._graph import GraphSurvey, survey
+from gradsurgery._losses import Losses, read_losses
+from gradsurgery.methods import Method
+from gradsurgery.report import SurgeryReport
+from gradsurgery.task_gradients import TaskGradients
+
+__all__ = ["Surgery"]
+
+_STATE_VERSION = 1
+# Every live surgery, so that two plugins on parts of one model leave each other's p.grad alone.
+_live: weakref.WeakSet[Surgery] = weakref.WeakSet()
+
+
+class Surgery:
+    """Everything of the plugin that is not the wrapped optimizer's: one object, shared by copies.
+
+    Some frameworks copy the plugin's `__dict__` into an object of their own; mutable state
+    therefore lives here and nowhere else.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, method: Method, scope: str, seed: int
+    ) -> None:
+        self.optimizer = optimizer
+        self.method = method
+        self.scope = scope
+        self.order = torch.Generator().manual_seed(seed)
+        self.last: SurgeryReport | None = None
+        self._gradients = TaskGradients()
+        self._pending: tuple[str, ...] | None = None
+        # id(parameter) -> tasks that reached it in the last call, or since the first of the
+        # micro-batches that wait.
+        self._reach: dict[int, int] = {}
+        self._warned = False
+        _live.add(self)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Python values and tensors that `torch.load(weights_only=True)` takes."""
+        return {
+            "version": _STATE_VERSION,
+            "method": self.method.name,
+            "method_state": self.method.state_dict(),
+            "order": self.order.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; another method's own state is left out."""
+        if state["version"] > _STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint's gradient_surgery state has version {state['version']}, this "
+                f"library reads up to {_STATE_VERSION}; update gradsurgery"
+            )
+        # map_location may have moved the generator's state; generators take it on the CPU only.
+        self.order.set_state(state["order"].cpu())
+        same = state["method"] == self.method.name
+        self.method.load_state_dict(state["method_state"] if same else {})
+        self.discard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "method": self.method,
+            "scope": self.scope,
+            "order": self.order.get_state(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["optimizer"], state["method"], state["scope"], 0)  # type: ignore[misc]
+        self.order.set_state(state["order"])
+
+    def discard(self) -> None:
+        """Drop micro-batches that were accumulated and not yet operated on."""
+        self._pending = None
+
+    # --------------------------------------------------------------- backward
+
+    def parameters(self) -> list[Tensor]:
+        """The trainable parameters of the wrapped optimizer, as they are now."""
+        groups = self.optimizer.param_groups
+        unique = {id(p): p for group in groups for p in group["params"] if p.requires_grad}
+        return list(unique.values())
+
+    def backward(self, losses: Losses, *, accumulate: bool, retain_graph: bool) -> None:
+        """See `AdaptiveGradientSurgery.backward`."""
+        parameters = self.parameters()
+        names, tensors = read_losses(losses, {p.device for p in parameters})
+        self._check_tasks(names)
+        self._warn_about_processes()
+        if len(tensors) == 1:
+            # Nothing to weigh. Accumulation over micro-batches is what autograd does anyway.
+            tensors[0].backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            unit = torch.ones(1, dtype=torch.float64, device=tensors[0].device)
+            self.last = SurgeryReport(names, torch.full_like(unit, torch.nan)[:, None], unit)
+            return
+        seen = survey(tensors)
+        self._check_parameters(parameters, seen)
+        pending = self._pending is not None
+        captured, together = self._choose(parameters, seen, gather=accumulate or pending)
+        self._gradients.arrange(captured, len(tensors), together, keep=pending)
+        earlier_reach = self._reach if pending else {}
+        reached = [earlier_reach.get(id(p), 0) for p in self._gradients.parameters]
+        leaves = {id(p): p for p in captured} | {k: leaf for k, (leaf, _) in seen.leaves.items()}
+        earlier = {key: leaf.grad for key, leaf in leaves.items()}
+        foreign = self._others_leaves(leaves, {id(p) for p in parameters})
+        targets = self._gradients.parameters
+        masks = [seen.tasks_of(p) | seen.opaque for p in targets]
+        retain = [retain_graph or kept for kept in seen.retain]
+        del seen
+        try:
+            for leaf in leaves.values():
+                leaf.grad = None
+            for task, loss in enumerate(tensors):
+                self._fill_row(task, loss, retain[task], masks, reached)
+            if not accumulate:
+                self._operate(names, reached, tensors[0].device)
+        except BaseException:
+            # As if the call had not happened, except that rows summed up so far are spoilt.
+            for key, leaf in leaves.items():
+                leaf.grad = earlier[key]
+            self.discard()
+            raise
+        self._pending = names if accumulate else None
+        self._reach = dict(zip(map(id, self._gradients.parameters), reached, strict=True))
+        _add_earlier(leaves, earlier, foreign)
+
+    def _fill_row(
+        self, task: int, loss: Tensor, retain: bool, masks: list[int], reached: list[int]
+    ) -> None:
+        """One task's backward, straight into its row; notes which parameters got a gradient."""
+        storage = self._gradients
+        indices = [i for i, mask in enumerate(masks) if mask >> task & 1]
+        views = [storage.views[task][i] for i in indices]
+        targets = [storage.parameters[i] for i in indices]
+        versions = [view._version for view in views]
+        for p, view in zip(targets, views, strict=True):
+            p.grad = view
+        try:
+            loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            raise RuntimeError(
+                "a compiled model reuses its saved tensors, and several losses share its graph: "
+                "set torch._functorch.config.donated_buffer = False before the model is compiled"
+            ) from error
+        for i, p, view, version in zip(indices, targets, views, versions, strict=True):
+            found = p.grad
+            p.grad = None
+            if found is None:
+                # A post-accumulate hook took the gradient away; so none is left to operate on.
+                view.zero_()
+            elif found is not view:
+                # A hook put another tensor there.
+                view.copy_(found)
+                reached[i] |= 1 << task
+            elif view._version != version:
+                reached[i] |= 1 << task
+
+    @torch.no_grad()
+    def _operate(self, names: tuple[str, ...], reached: list[int], device: torch.device) -> None:
+        """Rows -> M -> w -> row 0 -> p.grad."""
+        storage = self._gradients
+        least = 2 if self.scope == "shared" else 1
+        operated = [mask.bit_count() >= least for mask in reached]
+        gram = storage.gram(operated, device)
+        weights = self.method.weights(gram, generator=self.order)
+        storage.combine(operated, weights)
+        for index, (p, mask) in enumerate(zip(storage.parameters, reached, strict=True)):
+            if operated[index]:
+                p.grad = storage.publish(0, index)
+            elif mask:
+                # A head: its own task's plain gradient.
+                p.grad = storage.publish(mask.bit_length() - 1, index)
+        self.last = SurgeryReport(names, gram, weights)
+
+    def _choose(
+        self, parameters: list[Tensor], seen: GraphSurvey, *, gather: bool
+    ) -> tuple[list[Tensor], list[bool]]:
+        """Which parameters get rows, and which of these to lay side by side.
+
+        With scope="shared" a head needs no rows: autograd gives it its own task's gradient. It
+        gets them where a micro-batch still to come, or a node that hides what it reaches, may
+        bring in a second task.
+        """
+        masks = {id(p): seen.tasks_of(p) for p in parameters}
+        needed = 1 if gather or self.scope == "all" else 2
+        kept = {id(p) for p in self._gradients.parameters} if self._pending is not None else set()
+        captured = [
+            p
+            for p in parameters
+            if masks[id(p)].bit_count() >= needed or seen.opaque or id(p) in kept
+        ]
+        # What an opaque node reached last time is the best guess at what it will reach now. A
+        # wrong guess costs a few more calls of the kernels, never a wrong result.
+        guess = {id(p): masks[id(p)] | self._reach.get(id(p), seen.opaque) for p in captured}
+        together = [self.scope == "all" or guess[id(p)].bit_count() >= 2 for p in captured]
+        return captured, together
+
+    # ----------------------------------------------------------------- checks
+
+    def _check_tasks(self, names: tuple[str, ...]) -> None:
+        if self._pending is not None and self._pending != names:
+            raise ValueError(
+                f"losses has the tasks {', '.join(names)}, but micro-batches of "
+                f"{', '.join(self._pending)} are waiting: micro-batches of one step have the "
+                "same tasks; zero_grad() drops those that wait"
+            )
+        self.method.check(torch.Size([len(names)]))
+
+    def _check_parameters(self, parameters: list[Tensor], seen: GraphSurvey) -> None:
+        sparse = {id(leaf) for leaf in seen.sparse}
+        for p in parameters:
+            if p.layout != torch.strided or id(p) in sparse:
+                raise ValueError(
+                    f"parameter {self._name_of(p)} gets a sparse gradient, which surgery does "
+                    "not support; make its layer with sparse=False"
+                )
+            if hasattr(p, "device_mesh"):
+                raise NotImplementedError(
+                    f"parameter {self._name_of(p)} is a DTensor; sharded parameters are not "
+                    "supported in this version"
+                )
+
+    def _name_of(self, parameter: Tensor) -> str:
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p is parameter:
+                    names = group.get("param_names")
+                    name = f"{names[index]!r}" if names else f"{index} of param_groups[{number}]"
+                    return f"{name} (shape {list(p.shape)})"
+        return f"of shape {list(parameter.shape)}"
+
+    def _others_leaves(self, leaves: dict[int, Tensor], own: set[int]) -> set[int]:
+        """ids of the leaves that belong to other plugins and not to this one."""
+        strange = leaves.keys() - own
+        if not strange:
+            return set()
+        others = (s.parameters() for s in list(_live) if s.optimizer is not self.optimizer)
+        return strange & {id(p) for parameters in others for p in parameters}
+
+    def _warn_about_processes(self) -> None:
+        distributed = torch.distributed
+        if self._warned or not (distributed.is_available() and distributed.is_initialized()):
+            return
+        self._warned = True
+        if distributed.get_world_size() > 1:
+            warnings.warn(
+                "torch.distributed is initialised, and this version of gradsurgery operates on "
+                "each process's own gradients: they are not averaged over processes, also not "
+                "by DistributedDataParallel",
+                stacklevel=4,
+            )
+
+
+def _add_earlier(
+    leaves: dict[int, Tensor], earlier: dict[int, Tensor | None], foreign: Iterable[int]
+) -> None:
+    """A gradient that was there is added to, in place, as autograd does; None stays None."""
+    sums: list[Tensor] = []
+    terms: list[Tensor] = []
+    for key, leaf in leaves.items():
+        there, new = earlier[key], leaf.grad
+        if key in foreign:
+            leaf.grad = there
+        elif there is not None:
+            leaf.grad = there
+            if new is not None:
+                sums.append(there)
+                terms.append(new)
+    if sums:
+        with torch.no_grad():
+            torch._foreach_add_(sums, terms)

@@ -1,0 +1,208 @@
+"""TaskGradients: one row per task in flat buffers that autograd itself fills."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradsurgery.kernels import combine, gram
+
+__all__ = ["TaskGradients"]
+
+# Parameters start at multiples of this, so that vectorised kernels find aligned gradients.
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass
+class _Slot:
+    """Where one parameter's gradient lives: columns [start, start + length) of a block's rows."""
+
+    block: int
+    start: int
+    length: int
+    """With padding, which stays zero."""
+
+
+class TaskGradients:
+    """The task gradients G, [T, D], as one buffer for each dtype and device among the parameters.
+
+    `views[t][i]` is the gradient of task t for parameter i: a tensor of the parameter's shape and
+    strides that shares memory with row t. Given to autograd as p.grad it is filled in place.
+    The views carry version counters of their own, which tell whether anybody wrote, without
+    looking at the numbers.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self.views: list[list[Tensor]] = []
+        self.count = 0
+        self._key: tuple[object, ...] = ()
+        self._buffers: list[Tensor] = []
+        self._slots: list[_Slot] = []
+        self._published: list[tuple[Tensor, Tensor]] = []
+        self._unpublished_references = 0
+        self._unpublished_shares: list[int] = []
+
+    def arrange(
+        self, parameters: Sequence[Tensor], count: int, together: Sequence[bool], *, keep: bool
+    ) -> None:
+        """Make room for `count` rows over `parameters`, all zero unless `keep`.
+
+        Args:
+            parameters: the parameters, any dtypes and devices.
+            count: T.
+            together: for each parameter whether it should lie beside the others of its kind
+                that say so (so that surgery over them sees one contiguous piece).
+            keep: gradients that are here already stay: parameters may only be added.
+        """
+        described = [(id(p), p.shape, p.stride(), p.dtype, p.device) for p in parameters]
+        key = (count, *zip(described, together, strict=True))
+        if keep and self._key:
+            if key != self._key:
+                self._extend(parameters, count, together, key)
+            return
+        if key != self._key or self._is_in_use():
+            # The old memory goes first, unless a gradient that somebody holds still needs it.
+            self.release()
+            self._allocate(parameters, count, together, key)
+        for buffer in self._buffers:
+            buffer.zero_()
+
+    def release(self) -> None:
+        """Forget everything; memory stays alive only as far as others hold views of it."""
+        self.__init__()  # type: ignore[misc]
+
+    def gram(self, chosen: Sequence[bool], device: torch.device) -> Tensor:
+        """M over the chosen parameters, [T, T] float64 on `device`."""
+        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
+        for segment in self._segments(chosen):
+            total += gram(segment).to(device, non_blocking=True)
+        return total
+
+    def combine(self, chosen: Sequence[bool], weights: Tensor) -> None:
+        """Row 0 becomes g = Gᵀw over the chosen parameters."""
+        for segment in self._segments(chosen):
+            combine(segment, weights.to(segment.device, non_blocking=True), out=segment[0])
+
+    def publish(self, task: int, index: int) -> Tensor:
+        """The view of row `task` for parameter `index`, about to become the parameter's p.grad."""
+        view = self.views[task][index]
+        self._published.append((self.parameters[index], view))
+        return view
+
+    def _segments(self, chosen: Sequence[bool]) -> Iterator[Tensor]:
+        """The chosen parameters' columns, [T, width] each, neighbours joined."""
+        spans: list[list[int]] = []
+        for slot, wanted in zip(self._slots, chosen, strict=True):
+            if not wanted or slot.length == 0:
+                continue
+            if spans and spans[-1][0] == slot.block and spans[-1][2] == slot.start:
+                spans[-1][2] += slot.length
+            else:
+                spans.append([slot.block, slot.start, slot.start + slot.length])
+        for block, start, stop in spans:
+            yield self._buffers[block][:, start:stop]
+
+    def _allocate(
+        self,
+        parameters: Sequence[Tensor],
+        count: int,
+        together: Sequence[bool],
+        key: tuple[object, ...],
+    ) -> None:
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for index, p in enumerate(parameters):
+            kinds.setdefault((p.dtype, p.device), []).append(index)
+        slots: dict[int, _Slot] = {}
+        for block, ((dtype, device), indices) in enumerate(kinds.items()):
+            width = 0
+            alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
+            for index in sorted(indices, key=lambda i: not together[i]):
+                length = -(-parameters[index].numel() // alignment) * alignment
+                slots[index] = _Slot(block, width, length)
+                width += length
+            self._buffers.append(torch.empty(count, width, dtype=dtype, device=device))
+        # In the order of memory, so that neighbours in the list are neighbours in the buffer.
+        order = sorted(slots, key=lambda i: (slots[i].block, slots[i].start))
+        self.parameters = [parameters[i] for i in order]
+        self._slots = [slots[i] for i in order]
+        self.views = [[self._view(t, i) for i in range(len(order))] for t in range(count)]
+        self.count, self._key = count, key
+        self._unpublished_shares = [_shares(buffer) for buffer in self._buffers]
+        sample = [(p, row[0]) for row in self.views[:1] for p in self.parameters[:1]]
+        self._unpublished_references = max(_references(sample), default=0)
+
+    def _view(self, task: int, index: int) -> Tensor:
+        p, slot = self.parameters[index], self._slots[index]
+        row = self._buffers[slot.block][task]
+        strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
+        # .data: no view in autograd's eyes, with a version counter of its own.
+        return row.as_strided(p.shape, strides, row.storage_offset() + slot.start).data
+
+    def _extend(
+        self,
+        parameters: Sequence[Tensor],
+        count: int,
+        together: Sequence[bool],
+        key: tuple[object, ...],
+    ) -> None:
+        """A larger layout that starts with what the rows hold now. Rare: it copies."""
+        old = {id(p): [row[i] for row in self.views] for i, p in enumerate(self.parameters)}
+        self.__init__()  # type: ignore[misc]
+        self._allocate(parameters, count, together, key)
+        for buffer in self._buffers:
+            buffer.zero_()
+        for index, p in enumerate(self.parameters):
+            for task, gradient in enumerate(old.get(id(p), ())):
+                self.views[task][index].copy_(gradient)
+
+    def _is_in_use(self) -> bool:
+        """Whether anybody may still read what was published: then it must not be overwritten.
+
+        A parameter that kept its p.grad (zero_grad was not called), a variable that holds one,
+        or a tensor made from one and sharing its memory.
+        """
+        published, self._published = self._published, []
+        if any(p.grad is view for p, view in published):
+            return True
+        if max(_references(published), default=0) > self._unpublished_references:
+            return True
+        shares = zip(self._buffers, self._unpublished_shares, strict=True)
+        return any(_shares(buffer) > before for buffer, before in shares)
+
+
+def _references(pairs: list[tuple[Tensor, Tensor]]) -> list[int]:
+    """Python references to each view, those of this very look included."""
+    return [sys.getrefcount(view) for _, view in pairs]
+
+
+def _shares(buffer: Tensor) -> int:
+    """How many tensors share the buffer's memory."""
+    count_uses = getattr(torch._C, "_storage_Use_Count", None)
+    if count_uses is None:
+        return 0
+    return int(count_uses(buffer.untyped_storage()._cdata))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill memory without overlap or hole: then p.grad has p's strides."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return tensor.numel() > 0
+
+
+def _contiguous_strides(shape: torch.Size) -> list[int]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return strides[::-1]
