@@ -14,9 +14,13 @@ from torch import Tensor
 
 __all__ = ["combine_into", "gram"]
 
-# Columns of one float32 product: long enough to amortise a call, short enough for the cache and
-# for the accuracy of a float32 accumulator. 1k to 16k measured alike for T <= 8.
-_GRAM_BLOCK = 4096
+# Columns of one float32 product. Short, because its float32 sum decides how accurate M is where
+# two gradients nearly cancel; long enough to amortise a call (256 to 16k measured within 1.5x).
+_GRAM_BLOCK = 512
+# Up to here everything is summed in float64, which then costs next to nothing.
+_SMALL = 1 << 16
+# Elements that the products of blocks may take up at a time (4 MiB).
+_PRODUCTS = 1 << 20
 # Elements that are converted to a wider type at a time: on the CPU they stay in the cache.
 _SCRATCH_ELEMENTS = {"cpu": 1 << 19, "default": 1 << 24}
 # Columns of row 0 that stay in the CPU's second-level cache between scaling and accumulation.
@@ -26,36 +30,38 @@ _COMBINE_CHUNK = 1 << 19
 def gram(rows: Tensor) -> Tensor:
     """M = G Gᵀ: real [T, D] -> float64 [T, T]; products in float32 or better."""
     count, width = rows.shape
-    if not _blocks_are_exact(rows):
+    if width <= _SMALL or not _products_are_exact(rows):
         return _gram_widened(rows, torch.float64)
     if rows.dtype in (torch.float16, torch.bfloat16):
         return _gram_widened(rows, torch.float32)
-    blocks = width // _GRAM_BLOCK
-    body = blocks * _GRAM_BLOCK
     total = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
-    if blocks:
-        total += _sum_of_block_products(rows[:, :body], blocks, count)
-    if body < width:
-        tail = rows[:, body:].to(torch.float64)
-        total += tail @ tail.T
+    size = max(_PRODUCTS // count**2, 1) * _GRAM_BLOCK
+    for columns in _chunks(rows, size):
+        total += _sum_of_block_products(rows[:, columns])
     return total
 
 
 def _gram_widened(rows: Tensor, dtype: torch.dtype) -> Tensor:
     total = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
     for _, chunk in _widened_chunks(rows, dtype):
-        total += chunk @ chunk.T if dtype == torch.float64 else gram(chunk)
+        total += chunk @ chunk.T if dtype == torch.float64 else _sum_of_block_products(chunk)
     return total
 
 
-def _sum_of_block_products(rows: Tensor, blocks: int, count: int) -> Tensor:
+def _sum_of_block_products(rows: Tensor) -> Tensor:
+    count, width = rows.shape
     along, across = rows.stride(1), rows.stride(0)
+    blocks = width // _GRAM_BLOCK
     # [blocks, T, block]: a view, whatever the distance between the rows.
     tiles = rows.as_strided((blocks, count, _GRAM_BLOCK), (_GRAM_BLOCK * along, across, along))
-    return torch.bmm(tiles, tiles.mT).sum(0, dtype=torch.float64)
+    total = torch.bmm(tiles, tiles.mT).sum(0, dtype=torch.float64)
+    if blocks * _GRAM_BLOCK < width:
+        tail = rows[:, blocks * _GRAM_BLOCK :].to(torch.float64)
+        total += tail @ tail.T
+    return total
 
 
-def _blocks_are_exact(rows: Tensor) -> bool:
+def _products_are_exact(rows: Tensor) -> bool:
     # On CUDA, and on the CPU after torch.set_float32_matmul_precision("medium"), a float32 matrix
     # product may run in TF32 or bfloat16 (measured: 5e-5 off). float64 products never do.
     if rows.device.type != "cpu":
@@ -69,7 +75,8 @@ def _blocks_are_exact(rows: Tensor) -> bool:
 def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     """out = Gᵀ w: real [T, D], [T] -> [D]; `out` may be row 0 of G itself."""
     count, _ = rows.shape
-    direct = rows.dtype in (torch.float32, torch.float64) and rows.device.type == "cpu"
+    exact = rows.device.type == "cpu" and _products_are_exact(rows)
+    direct = exact and rows.dtype in (torch.float32, torch.float64)
     if direct and (_is_row_zero(out, rows) or not _share_storage(out, rows)):
         first, rest = weights[0].to(rows.dtype), weights[1:].to(rows.dtype)
         others = rows[1:].T
@@ -79,10 +86,8 @@ def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
             if count > 1:
                 target.addmv_(others[columns], rest)
         return
-    # Accumulating in the rows' own 16-bit type would round T times; on CUDA float64 keeps the
-    # product out of TF32.
-    on_cpu = rows.device.type == "cpu" and rows.dtype != torch.float64
-    wide = torch.float32 if on_cpu else torch.float64
+    # Accumulating in the rows' own 16-bit type would round T times.
+    wide = torch.float32 if exact and rows.dtype != torch.float64 else torch.float64
     factors = weights.to(wide)
     for columns, chunk in _widened_chunks(rows, wide):
         out[columns].copy_(torch.mv(chunk.T, factors))
