@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["TaskOrder", "divide_or_zero", "visits"]
+__all__ = ["divide_or_zero", "draw_orders", "visits"]
 
 
 def divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -16,40 +16,38 @@ def divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
 
 
-class TaskOrder:
+def draw_orders(
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    shared: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
     """In which order each task i meets the others.
 
     Args:
-        shape: [..., T], one order per leading index.
+        shape: [..., T], one set of orders per leading index.
         device: where the orders are used.
         shared: one order for every i (the authors' AGS script) or a fresh one each (PCGrad).
         generator: where the randomness comes from. With T <= 2 the order cannot matter, and
             nothing is drawn.
+
+    Returns:
+        [..., T, T] int64: row i lists all tasks, in the order in which i meets them.
     """
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        device: torch.device,
-        *,
-        shared: bool,
-        generator: torch.Generator | None,
-    ) -> None:
-        count = shape[-1]
-        if count <= 2:
-            self.order = torch.arange(count, device=device).expand(*shape, count)
-            return
-        rows = 1 if shared else count
-        source = generator.device if generator is not None else torch.device("cpu")
-        noise = torch.rand(
-            *shape[:-1], rows, count, generator=generator, dtype=torch.float64, device=source
-        )
-        order = noise.argsort(dim=-1).expand(*shape, count)
-        # A few hundred bytes from the host: queued, not waited for.
-        self.order = order.to(device, non_blocking=True)
+    count = shape[-1]
+    if count <= 2:
+        return torch.arange(count, device=device).expand(*shape, count)
+    rows = 1 if shared else count
+    source = generator.device if generator is not None else torch.device("cpu")
+    noise = torch.rand(
+        *shape[:-1], rows, count, generator=generator, dtype=torch.float64, device=source
+    )
+    # A few hundred bytes from the host: queued, not waited for.
+    return noise.argsort(dim=-1).expand(*shape, count).to(device, non_blocking=True)
 
 
-def visits(gram: Tensor, order: TaskOrder) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def visits(gram: Tensor, orders: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Walk all rows i at once through their orders: T steps, whatever the batch.
 
     Rows do not depend on each other, because every projection is onto an ORIGINAL gradient.
@@ -62,7 +60,7 @@ def visits(gram: Tensor, order: TaskOrder) -> Iterator[tuple[Tensor, Tensor, Ten
     itself = torch.arange(count, device=gram.device)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     for step in range(count):
-        partner = order.order[..., step]
+        partner = orders[..., step]
         # M is symmetric: row j serves as column j.
         column = gram.gather(-2, partner[..., None].expand_as(gram))
         yield partner[..., None], column, diagonal.gather(-1, partner), partner != itself

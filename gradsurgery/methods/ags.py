@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._projection import TaskOrder, divide_or_zero
+from gradsurgery.methods._projection import divide_or_zero, draw_orders
 from gradsurgery.methods.pcgrad import project_conflicts
 
 __all__ = ["AGS"]
@@ -55,8 +55,8 @@ class AGS(Method):
     def _solve(
         self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        order = TaskOrder(gram.shape[:-1], gram.device, shared=True, generator=generator)
-        projected = project_conflicts(gram, order)
+        orders = draw_orders(gram.shape[:-1], gram.device, shared=True, generator=generator)
+        projected: Tensor = project_conflicts(gram, orders)
         before = _square_norm(gram, torch.ones_like(projected))
         after = _square_norm(gram, projected)
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)

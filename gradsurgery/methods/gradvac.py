@@ -8,12 +8,41 @@ import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._projection import TaskOrder, divide_or_zero, visits
+from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
-__all__ = ["GradVac"]
+__all__ = ["GradVac", "vaccinate"]
 
 # The update divides by sqrt(1 - target²), which a pair of parallel tasks drives to 0.
 _MAX_TARGET_COSINE = 1 - 1e-6
+
+
+@torch.library.custom_op("gradsurgery::vaccinate", mutates_args=())
+def vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Coefficients of the sum of the altered gradients, [..., T], and the new targets."""
+    target = target.clone()
+    altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    altered = altered.clone()
+    for partner, column, square, other in visits(gram, orders):
+        # ‖ĝ_i‖ from scratch at every step: an update of the last one would gather rounding.
+        length = ((altered @ gram) * altered).sum(-1).clamp(min=0).sqrt()
+        norm = square.sqrt()
+        defined = other & (length > 0) & (norm > 0)
+        cosine = divide_or_zero((altered * column).sum(-1), length * norm).clamp(-1, 1)
+        wanted = target.gather(-1, partner).squeeze(-1)
+        limited = wanted.clamp(-_MAX_TARGET_COSINE, _MAX_TARGET_COSINE)
+        sine = (1 - limited.square()).sqrt()
+        pull = limited * (1 - cosine.square()).sqrt() - cosine * sine
+        added = divide_or_zero(length * pull, norm * sine)
+        added = torch.where(defined & (cosine < wanted), added, 0.0)
+        altered.scatter_add_(-1, partner, added[..., None])
+        moved = torch.where(defined, wanted + beta * (cosine - wanted), wanted)
+        target.scatter_(-1, partner, moved[..., None])
+    return altered.sum(-2), target
+
+
+@vaccinate.register_fake
+def _(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    return gram.new_empty(gram.shape[:-1]), torch.empty_like(target)
 
 
 class GradVac(Method):
@@ -62,31 +91,15 @@ class GradVac(Method):
     def _solve(
         self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        order = TaskOrder(gram.shape[:-1], gram.device, shared=False, generator=generator)
+        orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
         if self._target is None:
             self._target = torch.zeros_like(gram)
         before = self._target.to(gram.device, non_blocking=True)
-        target = before.clone()
-        altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-        altered = altered.clone()
-        for partner, column, square, other in visits(gram, order):
-            # ‖ĝ_i‖ from scratch at every step: an update of the last one would gather rounding.
-            length = ((altered @ gram) * altered).sum(-1).clamp(min=0).sqrt()
-            norm = square.sqrt()
-            defined = other & (length > 0) & (norm > 0)
-            cosine = divide_or_zero((altered * column).sum(-1), length * norm).clamp(-1, 1)
-            wanted = target.gather(-1, partner).squeeze(-1)
-            limited = wanted.clamp(-_MAX_TARGET_COSINE, _MAX_TARGET_COSINE)
-            sine = (1 - limited.square()).sqrt()
-            pull = limited * (1 - cosine.square()).sqrt() - cosine * sine
-            added = divide_or_zero(length * pull, norm * sine)
-            added = torch.where(defined & (cosine < wanted), added, 0.0)
-            altered.scatter_add_(-1, partner, added[..., None])
-            moved = torch.where(defined, wanted + self.beta * (cosine - wanted), wanted)
-            target.scatter_(-1, partner, moved[..., None])
+        weights: Tensor
+        weights, target = vaccinate(gram, orders, before, self.beta)
         finite = gram.isfinite().all(-1).all(-1)[..., None, None]
         self._target = torch.where(finite, target, before)
-        return altered.sum(-2)
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._target is None else {"target": self._target.clone()}

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._projection import TaskOrder, divide_or_zero, visits
+from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
 __all__ = ["PCGrad", "project_conflicts"]
 
 
-def project_conflicts(gram: Tensor, order: TaskOrder) -> Tensor:
+# One op to whoever looks from outside (the dispatcher, torch.compile, a profiler), whatever T.
+@torch.library.custom_op("gradsurgery::project_conflicts", mutates_args=())
+def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
     """Coefficients of the sum of the altered gradients, [..., T, T] -> [..., T].
 
     Row i of c holds the coefficients of ĝ_i = Σ_k c_ik g_k, starting from c = I. Where
@@ -22,11 +24,16 @@ def project_conflicts(gram: Tensor, order: TaskOrder) -> Tensor:
     altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).repeat(
         *gram.shape[:-2], 1, 1
     )
-    for partner, column, square, other in visits(gram, order):
+    for partner, column, square, other in visits(gram, orders):
         dot = (altered * column).sum(-1)
         removed = torch.where((dot < 0) & other, divide_or_zero(-dot, square), 0.0)
         altered.scatter_add_(-1, partner, removed[..., None])
     return altered.sum(-2)
+
+
+@project_conflicts.register_fake
+def _(gram: Tensor, orders: Tensor) -> Tensor:
+    return gram.new_empty(gram.shape[:-1])
 
 
 class PCGrad(Method):
@@ -49,5 +56,6 @@ class PCGrad(Method):
     def _solve(
         self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        order = TaskOrder(gram.shape[:-1], gram.device, shared=False, generator=generator)
-        return project_conflicts(gram, order)
+        orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
+        weights: Tensor = project_conflicts(gram, orders)
+        return weights

@@ -130,7 +130,7 @@ class TestRoster:
 
     def test_repr_makes_it_again(self, name: str) -> None:
         method = methods.resolve(name)
-        again = eval(repr(method), vars(methods).copy())  # noqa: S307
+        again = eval(repr(method), vars(methods).copy())
         assert type(again) is type(method)
         assert repr(again) == repr(method)
 
