@@ -59,7 +59,7 @@ class GradVac(Method):
         beta: weight of the newest cosine in the running mean, 0 < beta <= 1.
 
     Deviations from the paper: a zero gradient has no cosine, so its pairs stay as they are;
-    |φ̂| is kept under 1 - 1e-6 where the update divides by sqrt(1 - φ̂²).
+    the size of φ̂ is kept under 1 - 1e-6 where the update divides by sqrt(1 - φ̂²).
 
     Raises:
         ValueError: `beta` is out of range, or the number of tasks differs from earlier calls.
