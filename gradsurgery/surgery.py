@@ -114,8 +114,9 @@ class Surgery:
         earlier_reach = self._reach if pending else {}
         reached = [earlier_reach.get(id(p), 0) for p in self._gradients.parameters]
         leaves = {id(p): p for p in captured} | {k: leaf for k, (leaf, _) in seen.leaves.items()}
+        foreign = self._foreign(leaves, {id(p) for p in parameters}, hidden=bool(seen.opaque))
+        leaves |= foreign
         earlier = {key: leaf.grad for key, leaf in leaves.items()}
-        foreign = self._others_leaves(leaves, {id(p) for p in parameters})
         targets = self._gradients.parameters
         masks = [seen.tasks_of(p) | seen.opaque for p in targets]
         retain = [retain_graph or kept for kept in seen.retain]
@@ -143,7 +144,7 @@ class Surgery:
         """One task's backward, straight into its row; notes which parameters got a gradient."""
         storage = self._gradients
         indices = [i for i, mask in enumerate(masks) if mask >> task & 1]
-        views = [storage.views[task][i] for i in indices]
+        views = [storage.view(task, i) for i in indices]
         targets = [storage.parameters[i] for i in indices]
         versions = [view._version for view in views]
         for p, view in zip(targets, views, strict=True):
@@ -157,18 +158,24 @@ class Surgery:
                 "a compiled model reuses its saved tensors, and several losses share its graph: "
                 "set torch._functorch.config.donated_buffer = False before the model is compiled"
             ) from error
+        bit = 1 << task
         for i, p, view, version in zip(indices, targets, views, versions, strict=True):
             found = p.grad
             p.grad = None
+            if found is view and storage.is_intact(task, i):
+                reached[i] |= bit if view._version != version else 0
+                continue
+            # A post-accumulate hook put another tensor there, or took the gradient away. It may
+            # have kept the old one, which goes on in memory of its own.
+            row = storage.replace_view(task, i)
+            if found is not view:
+                view.data = row.clone()
             if found is None:
-                # A post-accumulate hook took the gradient away; so none is left to operate on.
-                view.zero_()
-            elif found is not view:
-                # A hook put another tensor there.
-                view.copy_(found)
-                reached[i] |= 1 << task
-            elif view._version != version:
-                reached[i] |= 1 << task
+                row.zero_()
+                reached[i] &= ~bit
+            else:
+                row.copy_(found)
+                reached[i] |= bit
 
     @torch.no_grad()
     def _operate(self, names: tuple[str, ...], reached: list[int], device: torch.device) -> None:
@@ -181,10 +188,10 @@ class Surgery:
         storage.combine(operated, weights)
         for index, (p, mask) in enumerate(zip(storage.parameters, reached, strict=True)):
             if operated[index]:
-                p.grad = storage.publish(0, index)
+                p.grad = storage.view(0, index)
             elif mask:
                 # A head: its own task's plain gradient.
-                p.grad = storage.publish(mask.bit_length() - 1, index)
+                p.grad = storage.view(mask.bit_length() - 1, index)
         self.last = SurgeryReport(names, gram, weights)
 
     def _choose(
@@ -198,17 +205,16 @@ class Surgery:
         """
         masks = {id(p): seen.tasks_of(p) for p in parameters}
         needed = 1 if gather or self.scope == "all" else 2
-        kept = {id(p) for p in self._gradients.parameters} if self._pending is not None else set()
-        captured = [
-            p
-            for p in parameters
-            if masks[id(p)].bit_count() >= needed or seen.opaque or id(p) in kept
-        ]
+        waiting = self._gradients.parameters if self._pending is not None else []
+        captured = {id(p): p for p in waiting}
+        for p in parameters:
+            if masks[id(p)].bit_count() >= needed or seen.opaque:
+                captured[id(p)] = p
         # What an opaque node reached last time is the best guess at what it will reach now. A
         # wrong guess costs a few more calls of the kernels, never a wrong result.
-        guess = {id(p): masks[id(p)] | self._reach.get(id(p), seen.opaque) for p in captured}
-        together = [self.scope == "all" or guess[id(p)].bit_count() >= 2 for p in captured]
-        return captured, together
+        guesses = [masks.get(key, 0) | self._reach.get(key, seen.opaque) for key in captured]
+        together = [self.scope == "all" or guess.bit_count() >= 2 for guess in guesses]
+        return list(captured.values()), together
 
     # ----------------------------------------------------------------- checks
 
@@ -244,13 +250,15 @@ class Surgery:
                     return f"{name} (shape {list(p.shape)})"
         return f"of shape {list(parameter.shape)}"
 
-    def _others_leaves(self, leaves: dict[int, Tensor], own: set[int]) -> set[int]:
-        """ids of the leaves that belong to other plugins and not to this one."""
-        strange = leaves.keys() - own
-        if not strange:
-            return set()
+    def _foreign(
+        self, leaves: dict[int, Tensor], own: set[int], *, hidden: bool
+    ) -> dict[int, Tensor]:
+        """What belongs to other plugins and not to this one: leaves, and all if some are hidden."""
+        if not hidden and leaves.keys() <= own:
+            return {}
         others = (s.parameters() for s in list(_live) if s.optimizer is not self.optimizer)
-        return strange & {id(p) for parameters in others for p in parameters}
+        found = {id(p): p for parameters in others for p in parameters if id(p) not in own}
+        return found if hidden else {key: p for key, p in found.items() if key in leaves}
 
     def _warn_about_processes(self) -> None:
         distributed = torch.distributed

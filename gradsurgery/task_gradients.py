@@ -30,22 +30,24 @@ class _Slot:
 class TaskGradients:
     """The task gradients G, [T, D], as one buffer for each dtype and device among the parameters.
 
-    `views[t][i]` is the gradient of task t for parameter i: a tensor of the parameter's shape and
-    strides that shares memory with row t. Given to autograd as p.grad it is filled in place.
-    The views carry version counters of their own, which tell whether anybody wrote, without
-    looking at the numbers.
+    `view(t, i)` is the gradient of task t for parameter i: a tensor of the parameter's shape and
+    strides that shares memory with row t. Given to autograd as p.grad it is filled in place. Its
+    version counter, its own, tells whether anybody wrote, without looking at the numbers.
+
+    Views are given away, and people do things to p.grad: keep it, resize it, swap its memory. So
+    `arrange` looks who still holds a view, and replaces those that are no views any more.
     """
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
-        self.views: list[list[Tensor]] = []
         self.count = 0
         self._key: tuple[object, ...] = ()
         self._buffers: list[Tensor] = []
         self._slots: list[_Slot] = []
-        self._published: list[tuple[Tensor, Tensor]] = []
-        self._unpublished_references = 0
-        self._unpublished_shares: list[int] = []
+        self._masters: list[list[Tensor]] = []
+        self._views: list[list[Tensor]] = []
+        self._shares_at_rest: list[int] = []
+        self._references_at_rest = 0
 
     def arrange(
         self, parameters: Sequence[Tensor], count: int, together: Sequence[bool], *, keep: bool
@@ -69,6 +71,8 @@ class TaskGradients:
             # The old memory goes first, unless a gradient that somebody holds still needs it.
             self.release()
             self._allocate(parameters, count, together, key)
+        else:
+            self._mend_views()
         for buffer in self._buffers:
             buffer.zero_()
 
@@ -88,11 +92,26 @@ class TaskGradients:
         for segment in self._segments(chosen):
             combine(segment, weights.to(segment.device, non_blocking=True), out=segment[0])
 
-    def publish(self, task: int, index: int) -> Tensor:
-        """The view of row `task` for parameter `index`, about to become the parameter's p.grad."""
-        view = self.views[task][index]
-        self._published.append((self.parameters[index], view))
-        return view
+    def view(self, task: int, index: int) -> Tensor:
+        """Row `task` as the gradient of parameter `index`."""
+        return self._views[task][index]
+
+    def is_intact(self, task: int, index: int) -> bool:
+        """Whether the view still is one: somebody who got it can make it something else."""
+        view, master = self._views[task][index], self._masters[task][index]
+        return (
+            view.data_ptr() == master.data_ptr()
+            and view.shape == master.shape
+            and view.stride() == master.stride()
+            and view.dtype == master.dtype
+            and not view.requires_grad
+        )
+
+    def replace_view(self, task: int, index: int) -> Tensor:
+        """A new view; the old one belongs to whoever took it."""
+        # .data: no view in autograd's eyes, so p.grad can be detached or changed in place.
+        self._views[task][index] = self._masters[task][index].data
+        return self._views[task][index]
 
     def _segments(self, chosen: Sequence[bool]) -> Iterator[Tensor]:
         """The chosen parameters' columns, [T, width] each, neighbours joined."""
@@ -130,18 +149,17 @@ class TaskGradients:
         order = sorted(slots, key=lambda i: (slots[i].block, slots[i].start))
         self.parameters = [parameters[i] for i in order]
         self._slots = [slots[i] for i in order]
-        self.views = [[self._view(t, i) for i in range(len(order))] for t in range(count)]
+        self._masters = [[self._master(t, i) for i in range(len(order))] for t in range(count)]
+        self._views = [[master.data for master in row] for row in self._masters]
         self.count, self._key = count, key
-        self._unpublished_shares = [_shares(buffer) for buffer in self._buffers]
-        sample = [(p, row[0]) for row in self.views[:1] for p in self.parameters[:1]]
-        self._unpublished_references = max(_references(sample), default=0)
+        self._shares_at_rest = [_shares(buffer) for buffer in self._buffers]
+        self._references_at_rest = max(map(_references, self._views), default=0)
 
-    def _view(self, task: int, index: int) -> Tensor:
+    def _master(self, task: int, index: int) -> Tensor:
         p, slot = self.parameters[index], self._slots[index]
         row = self._buffers[slot.block][task]
         strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
-        # .data: no view in autograd's eyes, with a version counter of its own.
-        return row.as_strided(p.shape, strides, row.storage_offset() + slot.start).data
+        return row.as_strided(p.shape, strides, row.storage_offset() + slot.start)
 
     def _extend(
         self,
@@ -151,52 +169,52 @@ class TaskGradients:
         key: tuple[object, ...],
     ) -> None:
         """A larger layout that starts with what the rows hold now. Rare: it copies."""
-        old = {id(p): [row[i] for row in self.views] for i, p in enumerate(self.parameters)}
+        old = {id(p): [row[i] for row in self._masters] for i, p in enumerate(self.parameters)}
         self.__init__()  # type: ignore[misc]
         self._allocate(parameters, count, together, key)
         for buffer in self._buffers:
             buffer.zero_()
         for index, p in enumerate(self.parameters):
             for task, gradient in enumerate(old.get(id(p), ())):
-                self.views[task][index].copy_(gradient)
+                self._masters[task][index].copy_(gradient)
 
     def _is_in_use(self) -> bool:
-        """Whether anybody may still read what was published: then it must not be overwritten.
+        """Whether a view that was given away is still alive: then it must not be overwritten.
 
-        A parameter that kept its p.grad (zero_grad was not called), a variable that holds one,
-        or a tensor made from one and sharing its memory.
+        It may be a p.grad (zero_grad was not called), a variable that holds one, or a tensor
+        made from one and sharing its memory.
         """
-        published, self._published = self._published, []
-        if any(p.grad is view for p, view in published):
+        if any(_references(row) > self._references_at_rest for row in self._views):
             return True
-        if max(_references(published), default=0) > self._unpublished_references:
-            return True
-        shares = zip(self._buffers, self._unpublished_shares, strict=True)
-        return any(_shares(buffer) > before for buffer, before in shares)
+        shares = zip(self._buffers, self._shares_at_rest, strict=True)
+        return any(_shares(buffer) > at_rest for buffer, at_rest in shares)
+
+    def _mend_views(self) -> None:
+        for task in range(self.count):
+            for index in range(len(self.parameters)):
+                if not self.is_intact(task, index):
+                    self.replace_view(task, index)
 
 
-def _references(pairs: list[tuple[Tensor, Tensor]]) -> list[int]:
-    """Python references to each view, those of this very look included."""
-    return [sys.getrefcount(view) for _, view in pairs]
+def _references(row: list[Tensor]) -> int:
+    """The most references that any of the views has: Python's, of which p.grad counts as one."""
+    return max((sys.getrefcount(view) for view in row), default=0)
 
 
 def _shares(buffer: Tensor) -> int:
-    """How many tensors share the buffer's memory."""
-    count_uses = getattr(torch._C, "_storage_Use_Count", None)
-    if count_uses is None:
-        return 0
-    return int(count_uses(buffer.untyped_storage()._cdata))
+    """How many tensors share the buffer's memory; torch counts them, and nobody else can."""
+    return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill memory without overlap or hole: then p.grad has p's strides."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
+        if size > 1:
             if stride != expected:
                 return False
             expected *= size
-    return tensor.numel() > 0
+    return True
 
 
 def _contiguous_strides(shape: torch.Size) -> list[int]:

@@ -24,7 +24,7 @@ _PRODUCTS = 1 << 20
 # Elements that are converted to a wider type at a time: on the CPU they stay in the cache.
 _SCRATCH_ELEMENTS = {"cpu": 1 << 19, "default": 1 << 24}
 # Columns of row 0 that stay in the CPU's second-level cache between scaling and accumulation.
-_COMBINE_CHUNK = 1 << 19
+_COMBINE_CHUNK = 1 << 20
 
 
 def gram(rows: Tensor) -> Tensor:
