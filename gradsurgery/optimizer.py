@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -84,6 +83,8 @@ class AdaptiveGradientSurgery(Optimizer):
             raise ValueError(f"scope must be 'shared' or 'all'; got {scope!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int; got {seed!r}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and fit into 64 bits; got {seed}")
         _only("granularity", granularity, "model")
         _only("every", every, 1)
         _only("metric", metric, "euclidean")
@@ -137,15 +138,22 @@ class AdaptiveGradientSurgery(Optimizer):
 
     # ---------------------------------------------------------------- optimizer
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the wrapped optimizer, with the hooks registered here around it."""
-        args: tuple[Any, ...] = () if closure is None else (closure,)
-        kwargs: dict[str, Any] = {}
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """`step(closure=None)`: one step of the wrapped optimizer, with this one's hooks around.
+
+        As in torch, hooks get (optimizer, args, kwargs) with the optimizer itself as args[0].
+        """
+        args = (self, *args)
         for before in self._optimizer_step_pre_hooks.values():
             changed = before(self, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-        result = self._base.step(*args, **kwargs)
+            if changed is None:
+                continue
+            if not (isinstance(changed, tuple) and len(changed) == 2):
+                raise RuntimeError(
+                    f"{before} must return None or a tuple of (new_args, new_kwargs); got {changed}"
+                )
+            args, kwargs = changed
+        result = self._base.step(*args[1:], **kwargs)
         for after in self._optimizer_step_post_hooks.values():
             after(self, args, kwargs)
         return result
@@ -181,9 +189,9 @@ class AdaptiveGradientSurgery(Optimizer):
             state_dict = state_dict if changed is None else changed
         groups = [dict(group) for group in state_dict["param_groups"]]
         own = [group.pop(_STATE_KEY, None) for group in groups]
+        self._surgery.check_state_dict(own[0] if own else None)
         self._base.load_state_dict({**state_dict, "param_groups": groups})
-        if own and own[0] is not None:
-            self._surgery.load_state_dict(own[0])
+        self._surgery.load_state_dict(own[0] if own else None)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -57,18 +57,35 @@ class Surgery:
             "order": self.order.get_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; another method's own state is left out."""
+    def check_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Raise ValueError where `load_state_dict` could not take this; change nothing."""
+        if state is None:
+            return
+        missing = {"version", "method", "method_state", "order"} - state.keys()
+        if missing:
+            raise ValueError(f"the gradient_surgery state lacks {', '.join(sorted(missing))}")
         if state["version"] > _STATE_VERSION:
             raise ValueError(
-                f"the checkpoint's gradient_surgery state has version {state['version']}, this "
-                f"library reads up to {_STATE_VERSION}; update gradsurgery"
+                f"the gradient_surgery state has version {state['version']}, this library reads "
+                f"up to {_STATE_VERSION}; update gradsurgery"
             )
+        try:
+            torch.Generator().set_state(state["order"].cpu())
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"order in the gradient_surgery state is damaged: {error}") from error
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Continue where `state_dict` was taken; another method's own state is left out.
+
+        None, from an optimizer without surgery, leaves method and order as they are.
+        """
+        self.discard()
+        if state is None:
+            return
         # map_location may have moved the generator's state; generators take it on the CPU only.
         self.order.set_state(state["order"].cpu())
         same = state["method"] == self.method.name
         self.method.load_state_dict(state["method_state"] if same else {})
-        self.discard()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -94,6 +111,9 @@ class Surgery:
         unique = {id(p): p for group in groups for p in group["params"] if p.requires_grad}
         return list(unique.values())
 
+    # Also under inference_mode, where buffers would be made that nothing can write to later.
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def backward(self, losses: Losses, *, accumulate: bool, retain_graph: bool) -> None:
         """See `AdaptiveGradientSurgery.backward`."""
         parameters = self.parameters()
@@ -105,6 +125,7 @@ class Surgery:
             tensors[0].backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             unit = torch.ones(1, dtype=torch.float64, device=tensors[0].device)
             self.last = SurgeryReport(names, torch.full_like(unit, torch.nan)[:, None], unit)
+            self._pending = names if accumulate else None
             return
         seen = survey(tensors)
         self._check_parameters(parameters, seen)
@@ -177,7 +198,6 @@ class Surgery:
                 row.copy_(found)
                 reached[i] |= bit
 
-    @torch.no_grad()
     def _operate(self, names: tuple[str, ...], reached: list[int], device: torch.device) -> None:
         """Rows -> M -> w -> row 0 -> p.grad."""
         storage = self._gradients
@@ -290,5 +310,4 @@ def _add_earlier(
                 sums.append(there)
                 terms.append(new)
     if sums:
-        with torch.no_grad():
-            torch._foreach_add_(sums, terms)
+        torch._foreach_add_(sums, terms)

@@ -91,6 +91,11 @@ def combine(
     """
     _check_backend(backend)
     rows = _real_rows(gradients)
+    if not isinstance(weights, Tensor) or not (out is None or isinstance(out, Tensor)):
+        raise TypeError(
+            f"weights must be a tensor [T], out a tensor [D] or None; "
+            f"got {type(weights).__name__} and {type(out).__name__}"
+        )
     if weights.shape != gradients.shape[:1] or weights.is_complex():
         raise ValueError(
             f"weights must be real and [T] = [{gradients.shape[0]}], one weight per row of "
@@ -109,13 +114,16 @@ def combine(
             f"out must be [D] = [{gradients.shape[1]}] on {gradients.device}; "
             f"got {list(out.shape)} on {out.device}"
         )
-    target = torch.view_as_real(out).flatten() if out.is_complex() else out
+    # A complex `out` with gaps has no view as one real vector.
+    direct = not out.is_complex() or out.is_contiguous()
+    result = out if direct else torch.empty_like(out, memory_format=torch.contiguous_format)
+    target = torch.view_as_real(result).flatten() if out.is_complex() else out
     with _full_precision(rows):
         if backend == "reference":
             target.copy_(reference.combine(rows, weights))
         else:
             _combine_into(rows, weights, target)
-    return out
+    return out if direct else out.copy_(result)
 
 
 def _full_precision(rows: Tensor) -> torch.autocast:
@@ -135,6 +143,8 @@ def _real_rows(gradients: Tensor) -> Tensor:
         raise TypeError(f"gradients must be floating-point or complex; got {gradients.dtype}")
     if gradients.dim() != 2 or gradients.shape[0] == 0:
         raise ValueError(f"gradients must be [T, D] with T >= 1; got {list(gradients.shape)}")
+    if gradients.layout != torch.strided:
+        raise TypeError(f"gradients must be dense; got layout {gradients.layout}")
     if gradients.is_complex():
-        return torch.view_as_real(gradients).flatten(1)
-    return gradients
+        return torch.view_as_real(gradients.resolve_conj()).flatten(1)
+    return gradients.resolve_neg()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Method"]
+__all__ = ["Method", "check_number"]
 
 
 class Method(ABC):
@@ -77,6 +77,12 @@ class Method(ABC):
         """Class and hyperparameters, as they would be written to make this method again."""
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError where a hyperparameter is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {value!r}")
 
 
 def _check_gram(gram: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.methods._base import Method
+from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders
 from gradsurgery.methods.pcgrad import project_conflicts
 
@@ -48,6 +48,8 @@ class AGS(Method):
     name: ClassVar[str] = "ags"
 
     def __init__(self, max_scale: float | None = None) -> None:
+        if max_scale is not None:
+            check_number("max_scale", max_scale)
         if max_scale is not None and not max_scale > 0:
             raise ValueError(f"max_scale must be positive or None; got {max_scale!r}")
         self.max_scale = max_scale

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.methods._base import Method
+from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
 __all__ = ["GradVac", "vaccinate"]
@@ -75,6 +75,7 @@ class GradVac(Method):
     name: ClassVar[str] = "gradvac"
 
     def __init__(self, beta: float = 1e-2) -> None:
+        check_number("beta", beta)
         if not 0 < beta <= 1:
             raise ValueError(f"beta must be in (0, 1]; got {beta!r}")
         self.beta = beta
@@ -102,8 +103,10 @@ class GradVac(Method):
         return weights
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._target is None else {"target": self._target.clone()}
+        # A list, and always there: distributed checkpoints load only what they find in the
+        # optimizer that they load into, where T is not known before the first step.
+        return {"target": [] if self._target is None else self._target.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        target = state.get("target")
-        self._target = None if target is None else target.to(torch.float64, copy=True)
+        target = state.get("target") or None
+        self._target = None if target is None else torch.tensor(target, dtype=torch.float64)
