@@ -79,12 +79,13 @@ class AdaptiveGradientSurgery(Optimizer):
             )
         if isinstance(optimizer, AdaptiveGradientSurgery):
             raise TypeError("optimizer is wrapped in AdaptiveGradientSurgery already")
-        if scope not in ("shared", "all"):
-            raise ValueError(f"scope must be 'shared' or 'all'; got {scope!r}")
+        _one_of("scope", scope, ("shared", "all"))
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int; got {seed!r}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be at least 0 and fit into 64 bits; got {seed}")
+        _one_of("granularity", granularity, ("model", "group", "parameter"))
+        _one_of("metric", metric, ("euclidean", "optimizer"))
         _only("granularity", granularity, "model")
         _only("every", every, 1)
         _only("metric", metric, "euclidean")
@@ -142,6 +143,7 @@ class AdaptiveGradientSurgery(Optimizer):
         """`step(closure=None)`: one step of the wrapped optimizer, with this one's hooks around.
 
         As in torch, hooks get (optimizer, args, kwargs) with the optimizer itself as args[0].
+        Global hooks fire within, with the wrapped optimizer.
         """
         args = (self, *args)
         for before in self._optimizer_step_pre_hooks.values():
@@ -182,7 +184,11 @@ class AdaptiveGradientSurgery(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, here or on the wrapped optimizer without surgery."""
+        """Load what `state_dict` gave, here or on the wrapped optimizer without surgery.
+
+        Micro-batches that wait are dropped. From a checkpoint without surgery, the task order and
+        the method's running state go on as they are.
+        """
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
@@ -284,6 +290,11 @@ class AdaptiveGradientSurgery(Optimizer):
             f"{type(self).__name__}(method={surgery.method!r}, scope={surgery.scope!r}, "
             f"optimizer={self._base!r})"
         )
+
+
+def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument} must be {' or '.join(map(repr, allowed))}; got {value!r}")
 
 
 def _only(argument: str, value: object, supported: object) -> None:
