@@ -1,0 +1,220 @@
+"""The command line end to end, small: files, their schema, errors as one line, the same again."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from slam_ags_example.__main__ import main
+from slam_ags_example.evaluate import bag_metrics, cell_metrics
+from slam_ags_example.output import OUTPUT_FILES
+
+TINY = ["run", "--epochs", "2", "--mil-epochs", "3", "--bags", "12", "--seed", "3"]
+
+
+def run(folder, *options):
+    assert main([*TINY, "--output", str(folder), *options]) == 0
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a tiny run under surgery."""
+    folder = tmp_path_factory.mktemp("run") / "results"
+    run(folder)
+    return folder
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from numbers(inner)
+    else:
+        yield value
+
+
+def test_all_files_are_there_and_no_other(finished):
+    assert sorted(path.name for path in finished.iterdir()) == sorted(OUTPUT_FILES)
+
+
+def test_metrics_have_the_promised_keys_and_finite_numbers(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert {"f1", "auroc", "balanced_accuracy", "n_bags"} <= metrics["bag"].keys()
+    promised = {"average_precision", "chance", "precision_at_positives", "recall_at_k", "top_k"}
+    assert promised <= metrics["cell"].keys()
+    assert metrics["cell"]["top_k"].keys() == {"k", "positives", "chance"}
+    assert all(isinstance(value, int | float) for value in numbers(metrics))
+    assert all(math.isfinite(value) for value in numbers(metrics))
+    assert metrics["cell"]["chance"] == pytest.approx(0.1)
+    assert metrics["pretraining"]["epochs"] == 2
+    assert 0 <= metrics["pretraining"]["conflict_rate"] <= 1
+    assert -1 <= metrics["pretraining"]["mean_cosine"] <= 1
+    assert metrics["bag"]["n_bags"] == metrics["splits"]["test"]["bags"] == 4
+
+
+def test_metrics_can_be_recomputed_from_the_rows(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    bags, cells = rows(finished / "test_bags.csv"), rows(finished / "test_cells.csv")
+    labels = [bag["positive"] == "1" for bag in bags]
+    recomputed = bag_metrics(labels, [float(bag["probability"]) for bag in bags])
+    assert recomputed == metrics["bag"]
+    precision = []
+    for bag in bags:
+        mine = [cell for cell in cells if cell["bag"] == bag["bag"]]
+        assert [int(cell["rank"]) for cell in mine] == list(range(1, 21))
+        if bag["positive"] == "1":
+            attention = [float(cell["attention"]) for cell in mine]
+            abnormal = [cell["abnormal"] == "1" for cell in mine]
+            precision.append(cell_metrics(attention, abnormal, 5).average_precision)
+    assert np.mean(precision) == pytest.approx(metrics["cell"]["average_precision"], abs=1e-12)
+
+
+def test_config_says_what_it_takes_to_run_again(finished):
+    content = json.loads((finished / "config.json").read_text())
+    assert content["config"]["seed"] == 3
+    assert content["config"]["surgery"] == "ags"
+    assert content["versions"]["torch"] == torch.__version__
+    assert {"python", "gradsurgery", "numpy", "scikit-learn"} <= content["versions"].keys()
+
+
+def test_embeddings_load_without_pickle(finished):
+    with np.load(finished / "embeddings.npz", allow_pickle=False) as content:
+        embeddings, images = content["embeddings"], content["images"]
+    assert embeddings.shape == (12 * 20, 128)
+    assert embeddings.dtype == np.float32
+    assert np.isfinite(embeddings).all()
+    assert len(set(images.tolist())) == 12 * 20
+
+
+def test_report_is_one_self_contained_file(finished):
+    html = (finished / "report.html").read_text()
+    for reference in ('src="http', 'href="http', "url(http", "<link", "<script"):
+        assert reference not in html
+    assert html.count("<svg") == 5
+    assert html.count('class="cell abnormal"') <= 2 * 2
+    assert html.count('class="cell') == 2 * 10 + html.count('class="cells"')
+
+
+def test_the_same_settings_give_the_same_metrics(finished, tmp_path):
+    run(tmp_path)
+    for name in ("metrics.json", "bags.json", "test_cells.csv", "pretraining.csv"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_methods_meet_the_same_bags(finished, tmp_path):
+    metrics = run(tmp_path, "--method", "random")
+    assert (tmp_path / "bags.json").read_bytes() == (finished / "bags.json").read_bytes()
+    assert metrics["pretraining"]["epochs"] == 0
+    assert "conflict_rate" not in metrics["pretraining"]
+    assert (tmp_path / "report.html").read_text().count("<svg") == 2
+
+
+def test_another_surgery_gives_other_numbers(finished, tmp_path):
+    run(tmp_path, "--surgery", "sum")
+    weights = [float(row["weight_nt_xent"]) for row in rows(tmp_path / "pretraining.csv")]
+    assert weights == [1.0, 1.0]
+    embeddings = [(folder / "embeddings.npz").read_bytes() for folder in (tmp_path, finished)]
+    assert embeddings[0] != embeddings[1]
+
+
+def test_the_run_leaves_the_global_random_streams_alone(tmp_path):
+    torch.manual_seed(0)
+    np_state = np.random.get_state()[1].copy()  # noqa: NPY002
+    before = torch.rand(1)
+    torch.manual_seed(0)
+    run(tmp_path)
+    assert torch.equal(torch.rand(1), before)
+    assert (np.random.get_state()[1] == np_state).all()  # noqa: NPY002
+
+
+def test_a_finished_run_is_replaced_on_request_alone(finished, tmp_path, capsys):
+    first = run(tmp_path)
+    before = (tmp_path / "metrics.json").stat().st_mtime_ns
+    assert main([*TINY, "--output", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "--overwrite" in captured.err
+    assert (tmp_path / "metrics.json").stat().st_mtime_ns == before
+    assert run(tmp_path, "--overwrite") == first
+
+
+def test_the_terminal_gets_a_table_and_a_pipe_gets_no_progress_bar(tmp_path, capsys):
+    run(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "cell average precision" in captured.out
+    assert str(tmp_path / "report.html") in captured.out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--witness-rate", "0"], "--witness-rate must be in (0, 1], got 0"),
+        (["--witness-rate", "nan"], "--witness-rate must be in (0, 1], got nan"),
+        (["--witness-rate", "0.01"], "raise --bag-size to 100"),
+        (["--witness-rate", "x"], "argument --witness-rate: invalid float value: 'x'"),
+        (["--bag-size", "900", "--bags", "6"], "needed 5130 normal and 270 abnormal, available"),
+        (["--bag-size", "0"], "--bag-size must be at least 1"),
+        (["--bags", "7"], "--bags must be even and at least 6"),
+        (["--abnormal", "x"], "--abnormal must be one of the classes 0, 1,"),
+        (["--surgery", "agz"], "'agz'"),
+        (["--method", "supervised"], "'supervised'"),
+        (["--data", "cifar"], "'cifar'"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batch-size", "3"], "--batch-size must be at least 4"),
+        (["--lr", "inf"], "--lr must be positive and finite"),
+        (["--lr", "-1"], "--lr must be positive and finite"),
+        (["--temperature", "0"], "--temperature must be positive"),
+        (["--weight-decay", "-1"], "--weight-decay must be finite and not negative"),
+        (["--top-k", "0"], "--top-k must be at least 1"),
+        (["--seed", "-1"], "--seed must not be negative"),
+        (["--device", "nowhere"], "--device nowhere cannot be used here"),
+        (["--sede", "1"], "unrecognized arguments: --sede 1"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(options, message, tmp_path, capsys):
+    assert main([*TINY, "--output", str(tmp_path / "new"), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("slam-ags: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*TINY, "--output", str(tmp_path / "file")]) == 2
+    assert "is a file: name a folder" in capsys.readouterr().err
+    assert main([*TINY, "--output", str(tmp_path / "file" / "below")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["runn"], ["run"]])
+def test_an_incomplete_command_is_one_line_and_exit_code_2(arguments, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "--help" in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_is_no_error(arguments, capsys):
+    assert main(arguments) == 0
+    assert "slam-ags" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(tmp_path, capsys):
+    assert main([*TINY, "--output", str(tmp_path), "--lr", "1e30"]) == 1
+    captured = capsys.readouterr()
+    assert "lower --lr" in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "metrics.json").exists()
