@@ -114,8 +114,8 @@ class AdaptiveGradientSurgery(Optimizer):
         Args:
             losses: a sequence of 0-dim tensors, or a mapping from names to 0-dim tensors.
             accumulate: True for a micro-batch: its gradients are added to the rows, p.grad stays
-                as it is, and the next plain call operates on the sum. `zero_grad()` drops
-                micro-batches that wait.
+                as it is, and the next plain call operates on the sum. This `zero_grad()`, not
+                the model's, drops micro-batches that wait. A single loss adds up in p.grad.
             retain_graph: keep the graph for another backward, as in `Tensor.backward`.
             features: planned.
 

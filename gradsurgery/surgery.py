@@ -121,11 +121,7 @@ class Surgery:
         self._check_tasks(names)
         self._warn_about_processes()
         if len(tensors) == 1:
-            # Nothing to weigh. Accumulation over micro-batches is what autograd does anyway.
-            tensors[0].backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-            unit = torch.ones(1, dtype=torch.float64, device=tensors[0].device)
-            self.last = SurgeryReport(names, torch.full_like(unit, torch.nan)[:, None], unit)
-            self._pending = names if accumulate else None
+            self._backward_alone(names, tensors[0], accumulate=accumulate, retain=retain_graph)
             return
         seen = survey(tensors)
         self._check_parameters(parameters, seen)
@@ -149,6 +145,7 @@ class Surgery:
                 self._fill_row(task, loss, retain[task], masks, reached)
             if not accumulate:
                 self._operate(names, reached, tensors[0].device)
+            _add_earlier(leaves, earlier, foreign)
         except BaseException:
             # As if the call had not happened, except that rows summed up so far are spoilt.
             for key, leaf in leaves.items():
@@ -157,19 +154,62 @@ class Surgery:
             raise
         self._pending = names if accumulate else None
         self._reach = dict(zip(map(id, self._gradients.parameters), reached, strict=True))
-        _add_earlier(leaves, earlier, foreign)
+
+    def _backward_alone(
+        self, names: tuple[str, ...], loss: Tensor, *, accumulate: bool, retain: bool
+    ) -> None:
+        """One task: nothing to weigh, and micro-batches add up in p.grad as they always do."""
+        foreign: dict[int, Tensor] = {}
+        if len(_live) > 1:
+            seen = survey([loss])
+            leaves = {key: leaf for key, (leaf, _) in seen.leaves.items()}
+            own = {id(p) for p in self.parameters()}
+            foreign = self._foreign(leaves, own, hidden=bool(seen.opaque))
+            del seen
+        earlier = {key: leaf.grad for key, leaf in foreign.items()}
+        for leaf in foreign.values():
+            leaf.grad = None
+        try:
+            loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
+        finally:
+            for key, leaf in foreign.items():
+                leaf.grad = earlier[key]
+        one = torch.ones(1, dtype=torch.float64, device=loss.device)
+        self.last = SurgeryReport(names, torch.full_like(one, torch.nan)[:, None], one)
+        self._pending = names if accumulate else None
 
     def _fill_row(
         self, task: int, loss: Tensor, retain: bool, masks: list[int], reached: list[int]
     ) -> None:
         """One task's backward, straight into its row; notes which parameters got a gradient."""
-        storage = self._gradients
+        storage, bit = self._gradients, 1 << task
         indices = [i for i, mask in enumerate(masks) if mask >> task & 1]
-        views = [storage.view(task, i) for i in indices]
-        targets = [storage.parameters[i] for i in indices]
-        versions = [view._version for view in views]
-        for p, view in zip(targets, views, strict=True):
-            p.grad = view
+        given: list[Tensor | None] = []
+        for i in indices:
+            p, view = storage.parameters[i], storage.view(task, i)
+            if p._post_accumulate_grad_hooks:
+                # Hooks may keep, replace or take away what they find: it is a tensor of its own.
+                p.grad = view.clone() if reached[i] & bit else None
+                given.append(None)
+            else:
+                p.grad = view
+                given.append(view)
+        versions = [-1 if view is None else view._version for view in given]
+        self._run_backward(loss, retain)
+        for i, view, version in zip(indices, given, versions, strict=True):
+            p = storage.parameters[i]
+            found = p.grad
+            p.grad = None
+            if found is not None and found is view and storage.is_intact(task, i):
+                reached[i] |= bit if view._version != version else 0
+            elif found is not None:
+                storage.replace_view(task, i).copy_(found)
+                reached[i] |= bit
+            elif view is not None or reached[i] & bit:
+                storage.replace_view(task, i).zero_()
+                reached[i] &= ~bit
+
+    def _run_backward(self, loss: Tensor, retain: bool) -> None:
         try:
             loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -179,24 +219,6 @@ class Surgery:
                 "a compiled model reuses its saved tensors, and several losses share its graph: "
                 "set torch._functorch.config.donated_buffer = False before the model is compiled"
             ) from error
-        bit = 1 << task
-        for i, p, view, version in zip(indices, targets, views, versions, strict=True):
-            found = p.grad
-            p.grad = None
-            if found is view and storage.is_intact(task, i):
-                reached[i] |= bit if view._version != version else 0
-                continue
-            # A post-accumulate hook put another tensor there, or took the gradient away. It may
-            # have kept the old one, which goes on in memory of its own.
-            row = storage.replace_view(task, i)
-            if found is not view:
-                view.data = row.clone()
-            if found is None:
-                row.zero_()
-                reached[i] &= ~bit
-            else:
-                row.copy_(found)
-                reached[i] |= bit
 
     def _operate(self, names: tuple[str, ...], reached: list[int], device: torch.device) -> None:
         """Rows -> M -> w -> row 0 -> p.grad."""
@@ -255,6 +277,11 @@ class Surgery:
                     f"parameter {self._name_of(p)} gets a sparse gradient, which surgery does "
                     "not support; make its layer with sparse=False"
                 )
+            if getattr(p, "grad_dtype", None) not in (None, p.dtype):
+                raise ValueError(
+                    f"parameter {self._name_of(p)} has dtype {p.dtype} and grad_dtype "
+                    f"{p.grad_dtype}; surgery needs gradients of the parameter's own dtype"
+                )
             if hasattr(p, "device_mesh"):
                 raise NotImplementedError(
                     f"parameter {self._name_of(p)} is a DTensor; sharded parameters are not "
@@ -304,7 +331,12 @@ def _add_earlier(
         there, new = earlier[key], leaf.grad
         if key in foreign:
             leaf.grad = there
-        elif there is not None:
+        elif there is None:
+            continue
+        elif new is not None and there.layout != new.layout:
+            # A sparse gradient becomes dense by the addition, also in autograd.
+            leaf.grad = new + there
+        else:
             leaf.grad = there
             if new is not None:
                 sums.append(there)
