@@ -194,18 +194,18 @@ class Surgery:
             else:
                 p.grad = view
                 given.append(view)
-        versions = [-1 if view is None else view._version for view in given]
+        versions = [-1 if handed is None else handed._version for handed in given]
         self._run_backward(loss, retain)
-        for i, view, version in zip(indices, given, versions, strict=True):
+        for i, handed, version in zip(indices, given, versions, strict=True):
             p = storage.parameters[i]
             found = p.grad
             p.grad = None
-            if found is not None and found is view and storage.is_intact(task, i):
-                reached[i] |= bit if view._version != version else 0
+            if found is not None and found is handed and storage.is_intact(task, i):
+                reached[i] |= bit if found._version != version else 0
             elif found is not None:
                 storage.replace_view(task, i).copy_(found)
                 reached[i] |= bit
-            elif view is not None or reached[i] & bit:
+            elif handed is not None or reached[i] & bit:
                 storage.replace_view(task, i).zero_()
                 reached[i] &= ~bit
 
