@@ -1,6 +1,7 @@
 """Gated attention pooling: its equation, its symmetry, its weights; the choice of the epoch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,8 +84,13 @@ def test_training_finds_the_marked_instance_and_keeps_the_best_validation_epoch(
     assert epoch == 1 + losses.index(min(losses))
     with torch.no_grad():
         logits, attention = model(validation.instances)
+    # The model is the one of that epoch: training that ends there leaves the same.
+    stopped, _, last = train_mil(train, validation, replace(config, mil_epochs=epoch))
+    assert last == epoch
+    assert torch.equal(stopped(validation.instances)[1], attention)
+    # And its intercept is not worse on the bags that chose it.
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, validation.labels)
-    assert float(loss) == pytest.approx(min(losses), rel=1e-5)
+    assert float(loss) <= min(losses) * (1 + 1e-6)
     assert ((logits > 0) == (validation.labels == 1)).all()
     assert (attention[validation.labels == 1].argmax(dim=1) == 3).all()
 
@@ -95,3 +101,15 @@ def test_same_seed_same_bits():
     config = RunConfig(mil_epochs=3)
     first, second = (train_mil(train, validation, config)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_intercept_fits_the_validation_bags() -> None:
+    """Maximum likelihood of an intercept: the mean probability is the share of positive bags."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0.0, 0.0, 0.0, 1.0] * 3)
+    instances = torch.randn(12, 5, 4, generator=random) + 3 * labels[:, None, None]
+    config = RunConfig(mil_epochs=3)
+    model, _, _ = train_mil(BagSet(instances, labels), BagSet(instances + 0.5, labels), config)
+    with torch.no_grad():
+        logits, _ = model(instances + 0.5)
+    assert float(logits.sigmoid().mean()) == pytest.approx(0.25, abs=1e-5)
