@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery._losses import Losses, read_losses
+from gradsurgery._parameters import check_parameters
 from gradsurgery.methods import Method
 from gradsurgery.report import SurgeryReport
 from gradsurgery.task_gradients import TaskGradients
@@ -124,7 +125,7 @@ class Surgery:
             self._backward_alone(names, tensors[0], accumulate=accumulate, retain=retain_graph)
             return
         seen = survey(tensors)
-        self._check_parameters(parameters, seen)
+        check_parameters(self.optimizer, parameters, seen)
         pending = self._pending is not None
         captured, together = self._choose(parameters, seen, gather=accumulate or pending)
         self._gradients.arrange(captured, len(tensors), together, keep=pending)
@@ -268,34 +269,6 @@ class Surgery:
                 "same tasks; zero_grad() drops those that wait"
             )
         self.method.check(torch.Size([len(names)]))
-
-    def _check_parameters(self, parameters: list[Tensor], seen: GraphSurvey) -> None:
-        sparse = {id(leaf) for leaf in seen.sparse}
-        for p in parameters:
-            if p.layout != torch.strided or id(p) in sparse:
-                raise ValueError(
-                    f"parameter {self._name_of(p)} gets a sparse gradient, which surgery does "
-                    "not support; make its layer with sparse=False"
-                )
-            if getattr(p, "grad_dtype", None) not in (None, p.dtype):
-                raise ValueError(
-                    f"parameter {self._name_of(p)} has dtype {p.dtype} and grad_dtype "
-                    f"{p.grad_dtype}; surgery needs gradients of the parameter's own dtype"
-                )
-            if hasattr(p, "device_mesh"):
-                raise NotImplementedError(
-                    f"parameter {self._name_of(p)} is a DTensor; sharded parameters are not "
-                    "supported in this version"
-                )
-
-    def _name_of(self, parameter: Tensor) -> str:
-        for number, group in enumerate(self.optimizer.param_groups):
-            for index, p in enumerate(group["params"]):
-                if p is parameter:
-                    names = group.get("param_names")
-                    name = f"{names[index]!r}" if names else f"{index} of param_groups[{number}]"
-                    return f"{name} (shape {list(p.shape)})"
-        return f"of shape {list(parameter.shape)}"
 
     def _foreign(
         self, leaves: dict[int, Tensor], own: set[int], *, hidden: bool

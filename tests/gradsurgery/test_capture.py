@@ -1294,3 +1294,30 @@ def test_one_loss_is_a_plain_backward() -> None:
         for one, other in zip(grads(model), grads(twin), strict=True):
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
+
+
+def test_two_plugins_with_one_loss_each_fill_nothing_twice():
+    """A single loss leaves the other plugin's parameters alone, as several losses do."""
+    encoder, head = nn.Linear(3, 4), nn.Linear(4, 1)
+    first = AdaptiveGradientSurgery(torch.optim.SGD(encoder.parameters(), lr=0.1))
+    second = AdaptiveGradientSurgery(torch.optim.SGD(head.parameters(), lr=0.1))
+    loss = head(encoder(torch.ones(2, 3))).square().mean()
+    wanted = torch.autograd.grad(
+        loss, [*encoder.parameters(), *head.parameters()], retain_graph=True
+    )
+    first.backward([loss], retain_graph=True)
+    assert all(p.grad is None for p in head.parameters())
+    second.backward([loss])
+    found = [p.grad for p in (*encoder.parameters(), *head.parameters())]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no grad_dtype")
+def test_gradients_of_another_dtype_are_refused():
+    """Before anything is changed, and by name."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    optimizer = AdaptiveGradientSurgery(torch.optim.SGD([("weight", p)], lr=0.1))
+    with pytest.raises(ValueError, match=r"'weight' .* grad_dtype torch.float32"):
+        optimizer.backward([p.sum(), p.square().sum()])
+    assert p.grad is None
