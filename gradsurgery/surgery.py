@@ -201,7 +201,7 @@ class Surgery:
             p = storage.parameters[i]
             found = p.grad
             p.grad = None
-            if found is not None and found is handed and storage.is_intact(task, i):
+            if found is not None and found is handed and storage.is_in_place(task, i):
                 reached[i] |= bit if found._version != version else 0
             elif found is not None:
                 storage.replace_view(task, i).copy_(found)
@@ -231,10 +231,10 @@ class Surgery:
         storage.combine(operated, weights)
         for index, (p, mask) in enumerate(zip(storage.parameters, reached, strict=True)):
             if operated[index]:
-                p.grad = storage.view(0, index)
+                p.grad = storage.publish(0, index)
             elif mask:
                 # A head: its own task's plain gradient.
-                p.grad = storage.view(mask.bit_length() - 1, index)
+                p.grad = storage.publish(mask.bit_length() - 1, index)
         self.last = SurgeryReport(names, gram, weights)
 
     def _choose(

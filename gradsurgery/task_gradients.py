@@ -46,6 +46,8 @@ class TaskGradients:
         self._slots: list[_Slot] = []
         self._masters: list[list[Tensor]] = []
         self._views: list[list[Tensor]] = []
+        self._places: list[list[tuple[int, int]]] = []
+        self._published: list[tuple[int, int]] = []
         self._shares_at_rest: list[int] = []
         self._references_at_rest = 0
 
@@ -96,16 +98,14 @@ class TaskGradients:
         """Row `task` as the gradient of parameter `index`."""
         return self._views[task][index]
 
-    def is_intact(self, task: int, index: int) -> bool:
-        """Whether the view still is one: somebody who got it can make it something else."""
-        view, master = self._views[task][index], self._masters[task][index]
-        return (
-            view.data_ptr() == master.data_ptr()
-            and view.shape == master.shape
-            and view.stride() == master.stride()
-            and view.dtype == master.dtype
-            and not view.requires_grad
-        )
+    def publish(self, task: int, index: int) -> Tensor:
+        """The same, to stay with the user as p.grad."""
+        self._published.append((task, index))
+        return self._views[task][index]
+
+    def is_in_place(self, task: int, index: int) -> bool:
+        """Whether the view still lies in the row: somebody may have given it other memory."""
+        return _place(self._views[task][index]) == self._places[task][index]
 
     def replace_view(self, task: int, index: int) -> Tensor:
         """A new view; the old one belongs to whoever took it."""
@@ -151,6 +151,7 @@ class TaskGradients:
         self._slots = [slots[i] for i in order]
         self._masters = [[self._master(t, i) for i in range(len(order))] for t in range(count)]
         self._views = [[master.data for master in row] for row in self._masters]
+        self._places = [[_place(view) for view in row] for row in self._views]
         self.count, self._key = count, key
         self._shares_at_rest = [_shares(buffer) for buffer in self._buffers]
         self._references_at_rest = max(map(_references, self._views), default=0)
@@ -190,10 +191,22 @@ class TaskGradients:
         return any(_shares(buffer) > at_rest for buffer, at_rest in shares)
 
     def _mend_views(self) -> None:
+        """Replace views that somebody has made something else."""
+        published, self._published = self._published, []
+        for task, index in published:
+            view, master = self._views[task][index], self._masters[task][index]
+            same_form = view.shape == master.shape and view.stride() == master.stride()
+            if not same_form or view.dtype != master.dtype or view.requires_grad:
+                self.replace_view(task, index)
         for task in range(self.count):
             for index in range(len(self.parameters)):
-                if not self.is_intact(task, index):
+                if not self.is_in_place(task, index):
                     self.replace_view(task, index)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Which memory a tensor lies in, and where: data_ptr, but fake tensors have it too."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _references(row: list[Tensor]) -> int:
