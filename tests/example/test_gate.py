@@ -8,14 +8,13 @@ from slam_ags_example.run import run
 
 SEEDS = (0, 1, 2)
 
-# Measured over seeds 0 to 9: F1 0.90 (standard deviation 0.07 over seeds), average precision 0.92
-# (0.07), and paired margins over the random encoder of 0.13 (0.11) and 0.20 (0.09). A mean over
-# three seeds has 0.58 of those deviations. Each bound is two of them or more below its mean, except
-# the margin in F1, where 26 test bags a seed allow no more than a sign; and seeds 0 to 2 measured
-# 0.93, 0.96, 0.10 and 0.26, so that what is left is for other machines' rounding.
-LEAST_F1 = 0.80
-LEAST_AVERAGE_PRECISION = 0.80
-LEAST_F1_MARGIN = 0.02
+# Measured over seeds 0 to 9: F1 0.93 (standard deviation 0.07 over seeds), average precision 0.93
+# (0.06), and paired margins over the random encoder of 0.12 (0.09) and 0.21 (0.11). A mean over
+# three seeds has 0.58 of those deviations. Each bound is about two of them below its mean; seeds 0
+# to 2 measured 0.99, 0.94, 0.15 and 0.22, so that what is left is for other machines' rounding.
+LEAST_F1 = 0.85
+LEAST_AVERAGE_PRECISION = 0.85
+LEAST_F1_MARGIN = 0.03
 LEAST_AVERAGE_PRECISION_MARGIN = 0.10
 
 
