@@ -151,7 +151,7 @@ def _set_intercept(model: GatedAttentionMIL, bags: BagSet) -> None:
             low = middle
         else:
             high = middle
-    model.classifier.bias += middle
+    model.classifier.bias.add_(middle)
 
 
 def _draw_instances(instances: Tensor, random: torch.Generator) -> Tensor:
