@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels import combine, gram
+from gradsurgery.kernels import combine, gram, resolution
 from gradsurgery.methods import Method, resolve
 
 __all__ = ["aggregate"]
@@ -40,5 +40,6 @@ def aggregate(
         tensor([0.5000, 1.5000])
     """
     rule = resolve(method)
-    weights = rule.weights(gram(gradients), losses=losses, generator=generator)
+    known = resolution(gradients)
+    weights = rule.weights(gram(gradients), losses=losses, generator=generator, resolution=known)
     return combine(gradients, weights)

@@ -38,6 +38,8 @@ class GraphSurvey:
     reversible layers): they can reach leaves that the graph does not show."""
     sparse: list[Tensor] = field(default_factory=list)
     """Leaves that will get a sparse gradient."""
+    doubtful: set[int] = field(default_factory=set)
+    """ids of leaves that may get one: something further up makes one."""
 
     def tasks_of(self, leaf: Tensor) -> int:
         """The tasks whose graph shows that they reach the leaf."""
@@ -58,11 +60,14 @@ def survey(losses: Sequence[Tensor]) -> GraphSurvey:
         return GraphSurvey(retain=retain, opaque=everything)
     result = GraphSurvey(retain=[])
     kept = 0
+    below_sparse: set[Node] = set()
     for node in order:
         mask = masks[node]
         if isinstance(node, _ACCUMULATE):
             leaf: Tensor = node.variable  # type: ignore[attr-defined]
             result.leaves[id(leaf)] = (leaf, mask)
+            if node in below_sparse:
+                result.doubtful.add(id(leaf))
             continue
         # Every task but the last one that comes by has to leave the node's buffers in place.
         kept |= mask ^ (1 << (mask.bit_length() - 1))
@@ -71,7 +76,12 @@ def survey(losses: Sequence[Tensor]) -> GraphSurvey:
         for following, _ in node.next_functions:
             if following is not None:
                 masks[following] = masks.get(following, 0) | mask
-        result.sparse.extend(_sparse_leaves(node))
+        makes_sparse = _makes_sparse(node)
+        if makes_sparse:
+            direct = [n for n, _ in node.next_functions if isinstance(n, _ACCUMULATE)]
+            result.sparse.extend(n.variable for n in direct)  # type: ignore[attr-defined]
+        if makes_sparse or node in below_sparse:
+            below_sparse.update(n for n, _ in node.next_functions if n is not None)
     result.retain = [bool(kept >> task & 1) for task in range(len(losses))]
     return result
 
@@ -110,9 +120,6 @@ def _is_opaque(node: Node) -> bool:
     return written_in_python and node.name() != _TRANSPARENT
 
 
-def _sparse_leaves(node: Node) -> list[Tensor]:
+def _makes_sparse(node: Node) -> bool:
     flag = _SPARSE_FLAGS.get(type(node).__name__)
-    if flag is None or not getattr(node, flag, False):
-        return []
-    following = [n for n, _ in node.next_functions if isinstance(n, _ACCUMULATE)]
-    return [n.variable for n in following]  # type: ignore[attr-defined]
+    return flag is not None and bool(getattr(node, flag, False))

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradsurgery._graph import GraphSurvey
 
-__all__ = ["check_parameters"]
+__all__ = ["check_parameters", "refuse_sparse"]
 
 
 def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: GraphSurvey) -> None:
@@ -23,10 +24,7 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
     sparse = {id(leaf) for leaf in seen.sparse}
     for p in parameters:
         if p.layout != torch.strided or id(p) in sparse:
-            raise ValueError(
-                f"parameter {_name_of(p, optimizer)} gets a sparse gradient, which surgery does "
-                "not support; make its layer with sparse=False"
-            )
+            raise _sparse_error(p, optimizer)
         if getattr(p, "grad_dtype", None) not in (None, p.dtype):
             raise ValueError(
                 f"parameter {_name_of(p, optimizer)} has dtype {p.dtype} and grad_dtype "
@@ -37,6 +35,28 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
                 f"parameter {_name_of(p, optimizer)} is a DTensor; sharded parameters are not "
                 "supported in this version"
             )
+
+
+def refuse_sparse(parameter: Tensor, optimizer: Optimizer) -> RemovableHandle:
+    """Watch a parameter whose gradient may turn out sparse, where the graph does not say.
+
+    torch (2.15) adds a fully sparse gradient to a view with an offset at the wrong address, so it
+    must not get that far.
+    """
+
+    def look(gradient: Tensor | None) -> None:
+        if gradient is not None and gradient.layout != torch.strided:
+            raise _sparse_error(parameter, optimizer)
+
+    handle: RemovableHandle = parameter.register_hook(look)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _sparse_error(parameter: Tensor, optimizer: Optimizer) -> ValueError:
+    return ValueError(
+        f"parameter {_name_of(parameter, optimizer)} gets a sparse gradient, which surgery does "
+        "not support; make its layer with sparse=False"
+    )
 
 
 def _name_of(parameter: Tensor, optimizer: Optimizer) -> str:

@@ -86,6 +86,10 @@ class AdaptiveGradientSurgery(Optimizer):
             raise ValueError(f"seed must be at least 0 and fit into 64 bits; got {seed}")
         _one_of("granularity", granularity, ("model", "group", "parameter"))
         _one_of("metric", metric, ("euclidean", "optimizer"))
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"every must be an int; got {every!r}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1; got {every}")
         _only("granularity", granularity, "model")
         _only("every", every, 1)
         _only("metric", metric, "euclidean")

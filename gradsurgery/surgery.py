@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery._losses import Losses, read_losses
-from gradsurgery._parameters import check_parameters
+from gradsurgery._parameters import check_parameters, refuse_sparse
 from gradsurgery.methods import Method
 from gradsurgery.report import SurgeryReport
 from gradsurgery.task_gradients import TaskGradients
@@ -119,6 +119,9 @@ class Surgery:
         """See `AdaptiveGradientSurgery.backward`."""
         parameters = self.parameters()
         names, tensors = read_losses(losses, {p.device for p in parameters})
+        if self._pending is not None and sorted(names) == sorted(self._pending):
+            by_name = dict(zip(names, tensors, strict=True))
+            names, tensors = self._pending, [by_name[name] for name in self._pending]
         self._check_tasks(names)
         self._warn_about_processes()
         if len(tensors) == 1:
@@ -138,7 +141,11 @@ class Surgery:
         targets = self._gradients.parameters
         masks = [seen.tasks_of(p) | seen.opaque for p in targets]
         retain = [retain_graph or kept for kept in seen.retain]
+        watched = [
+            p for p in targets if p.requires_grad and (seen.opaque or id(p) in seen.doubtful)
+        ]
         del seen
+        watches = [refuse_sparse(p, self.optimizer) for p in watched]
         try:
             for leaf in leaves.values():
                 leaf.grad = None
@@ -153,6 +160,9 @@ class Surgery:
                 leaf.grad = earlier[key]
             self.discard()
             raise
+        finally:
+            for watch in watches:
+                watch.remove()
         self._pending = names if accumulate else None
         self._reach = dict(zip(map(id, self._gradients.parameters), reached, strict=True))
 
@@ -226,8 +236,8 @@ class Surgery:
         storage = self._gradients
         least = 2 if self.scope == "shared" else 1
         operated = [mask.bit_count() >= least for mask in reached]
-        gram = storage.gram(operated, device)
-        weights = self.method.weights(gram, generator=self.order)
+        gram, resolution = storage.gram(operated, device)
+        weights = self.method.weights(gram, generator=self.order, resolution=resolution)
         storage.combine(operated, weights)
         for index, (p, mask) in enumerate(zip(storage.parameters, reached, strict=True)):
             if operated[index]:
@@ -288,8 +298,8 @@ class Surgery:
         if distributed.get_world_size() > 1:
             warnings.warn(
                 "torch.distributed is initialised, and this version of gradsurgery operates on "
-                "each process's own gradients: they are not averaged over processes, also not "
-                "by DistributedDataParallel",
+                "each process's own gradients; under DistributedDataParallel only the first "
+                "task's are averaged, so the ranks drift apart: do not train that way",
                 stacklevel=4,
             )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels import combine, gram
+from gradsurgery.kernels import combine, gram, resolution
 
 __all__ = ["TaskGradients"]
 
@@ -25,6 +25,8 @@ class _Slot:
     start: int
     length: int
     """With padding, which stays zero."""
+    shape: torch.Size
+    strides: tuple[int, ...]
 
 
 class TaskGradients:
@@ -44,7 +46,6 @@ class TaskGradients:
         self._key: tuple[object, ...] = ()
         self._buffers: list[Tensor] = []
         self._slots: list[_Slot] = []
-        self._masters: list[list[Tensor]] = []
         self._views: list[list[Tensor]] = []
         self._places: list[list[tuple[int, int]]] = []
         self._published: list[tuple[int, int]] = []
@@ -69,7 +70,7 @@ class TaskGradients:
             if key != self._key:
                 self._extend(parameters, count, together, key)
             return
-        if key != self._key or self._is_in_use():
+        if key != self._key or not self._is_free():
             # The old memory goes first, unless a gradient that somebody holds still needs it.
             self.release()
             self._allocate(parameters, count, together, key)
@@ -82,12 +83,14 @@ class TaskGradients:
         """Forget everything; memory stays alive only as far as others hold views of it."""
         self.__init__()  # type: ignore[misc]
 
-    def gram(self, chosen: Sequence[bool], device: torch.device) -> Tensor:
-        """M over the chosen parameters, [T, T] float64 on `device`."""
+    def gram(self, chosen: Sequence[bool], device: torch.device) -> tuple[Tensor, float]:
+        """M over the chosen parameters, [T, T] float64 on `device`, and its relative accuracy."""
         total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
+        accuracy = torch.finfo(torch.float64).eps
         for segment in self._segments(chosen):
             total += gram(segment).to(device, non_blocking=True)
-        return total
+            accuracy = max(accuracy, resolution(segment))
+        return total, accuracy
 
     def combine(self, chosen: Sequence[bool], weights: Tensor) -> None:
         """Row 0 becomes g = Gᵀw over the chosen parameters."""
@@ -109,8 +112,7 @@ class TaskGradients:
 
     def replace_view(self, task: int, index: int) -> Tensor:
         """A new view; the old one belongs to whoever took it."""
-        # .data: no view in autograd's eyes, so p.grad can be detached or changed in place.
-        self._views[task][index] = self._masters[task][index].data
+        self._views[task][index] = self._make_view(task, index)
         return self._views[task][index]
 
     def _segments(self, chosen: Sequence[bool]) -> Iterator[Tensor]:
@@ -142,25 +144,27 @@ class TaskGradients:
             alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
             for index in sorted(indices, key=lambda i: not together[i]):
                 length = -(-parameters[index].numel() // alignment) * alignment
-                slots[index] = _Slot(block, width, length)
+                p = parameters[index]
+                strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
+                slots[index] = _Slot(block, width, length, p.shape, tuple(strides))
                 width += length
             self._buffers.append(torch.empty(count, width, dtype=dtype, device=device))
         # In the order of memory, so that neighbours in the list are neighbours in the buffer.
         order = sorted(slots, key=lambda i: (slots[i].block, slots[i].start))
         self.parameters = [parameters[i] for i in order]
         self._slots = [slots[i] for i in order]
-        self._masters = [[self._master(t, i) for i in range(len(order))] for t in range(count)]
-        self._views = [[master.data for master in row] for row in self._masters]
+        self._views = [[self._make_view(t, i) for i in range(len(order))] for t in range(count)]
         self._places = [[_place(view) for view in row] for row in self._views]
         self.count, self._key = count, key
         self._shares_at_rest = [_shares(buffer) for buffer in self._buffers]
-        self._references_at_rest = max(map(_references, self._views), default=0)
+        self._references_at_rest = max(max(_references(row), default=0) for row in self._views)
 
-    def _master(self, task: int, index: int) -> Tensor:
-        p, slot = self.parameters[index], self._slots[index]
-        row = self._buffers[slot.block][task]
-        strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
-        return row.as_strided(p.shape, strides, row.storage_offset() + slot.start)
+    def _make_view(self, task: int, index: int) -> Tensor:
+        slot = self._slots[index]
+        buffer = self._buffers[slot.block]
+        start = task * buffer.shape[1] + slot.start
+        # .data: no view in autograd's eyes, so p.grad can be detached or changed in place.
+        return buffer.as_strided(slot.shape, slot.strides, start).data
 
     def _extend(
         self,
@@ -170,33 +174,44 @@ class TaskGradients:
         key: tuple[object, ...],
     ) -> None:
         """A larger layout that starts with what the rows hold now. Rare: it copies."""
-        old = {id(p): [row[i] for row in self._masters] for i, p in enumerate(self.parameters)}
+        tasks = range(count)
+        old = {
+            id(p): [self._make_view(task, i) for task in tasks]
+            for i, p in enumerate(self.parameters)
+        }
         self.__init__()  # type: ignore[misc]
         self._allocate(parameters, count, together, key)
         for buffer in self._buffers:
             buffer.zero_()
         for index, p in enumerate(self.parameters):
             for task, gradient in enumerate(old.get(id(p), ())):
-                self._masters[task][index].copy_(gradient)
+                self._views[task][index].copy_(gradient)
 
-    def _is_in_use(self) -> bool:
-        """Whether a view that was given away is still alive: then it must not be overwritten.
+    def _is_free(self) -> bool:
+        """Whether nobody reads the rows any more, so that they can be written again.
 
-        It may be a p.grad (zero_grad was not called), a variable that holds one, or a tensor
-        made from one and sharing its memory.
+        A view that is still a p.grad (zero_grad was not called, or only set it to zero) or in
+        somebody's variable gets memory of its own: D elements, not T rows. A tensor made from a
+        view shares its memory beyond our reach: then the rows are not free.
         """
-        if any(_references(row) > self._references_at_rest for row in self._views):
-            return True
         shares = zip(self._buffers, self._shares_at_rest, strict=True)
-        return any(_shares(buffer) > at_rest for buffer, at_rest in shares)
+        if any(_shares(buffer) > at_rest for buffer, at_rest in shares):
+            return False
+        for task, row in enumerate(self._views):
+            for index, count in enumerate(_references(row)):
+                if count > self._references_at_rest:
+                    row[index].data = row[index].clone()
+                    self.replace_view(task, index)
+        return True
 
     def _mend_views(self) -> None:
         """Replace views that somebody has made something else."""
         published, self._published = self._published, []
         for task, index in published:
-            view, master = self._views[task][index], self._masters[task][index]
-            same_form = view.shape == master.shape and view.stride() == master.stride()
-            if not same_form or view.dtype != master.dtype or view.requires_grad:
+            view, slot = self._views[task][index], self._slots[index]
+            same_form = view.shape == slot.shape and view.stride() == slot.strides
+            same_kind = view.dtype == self._buffers[slot.block].dtype and not view.requires_grad
+            if not (same_form and same_kind):
                 self.replace_view(task, index)
         for task in range(self.count):
             for index in range(len(self.parameters)):
@@ -209,9 +224,9 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
-def _references(row: list[Tensor]) -> int:
-    """The most references that any of the views has: Python's, of which p.grad counts as one."""
-    return max((sys.getrefcount(view) for view in row), default=0)
+def _references(row: list[Tensor]) -> list[int]:
+    """How many references each view has: Python's, of which p.grad counts as one."""
+    return [sys.getrefcount(view) for view in row]
 
 
 def _shares(buffer: Tensor) -> int:

@@ -32,6 +32,7 @@ class Method(ABC):
         *,
         losses: Tensor | None = None,
         generator: torch.Generator | None = None,
+        resolution: float | None = None,
     ) -> Tensor:
         """Task weights for a Gram matrix, or for a batch of them.
 
@@ -39,6 +40,8 @@ class Method(ABC):
             gram: [..., T, T], real, symmetric, M_ij = g_i·g_j.
             losses: [..., T], the losses' values, for methods that look at them.
             generator: source of every random choice; None: torch's default generator.
+            resolution: how accurate `gram` is, relative to the product of two norms: what is
+                smaller than that is rounding. None: the rounding of its dtype.
 
         Returns:
             [..., T], float64, on the device of `gram`. The combined gradient is Σ_t w_t g_t.
@@ -51,7 +54,8 @@ class Method(ABC):
         self.check(gram.shape[:-1])
         with torch.autocast(gram.device.type, enabled=False):
             exact = gram.to(torch.float64)
-            solved = self._solve(exact, losses, generator)
+            known = torch.finfo(gram.dtype).eps if resolution is None else resolution
+            solved = self._solve(exact, losses, generator, known)
             if not self.reads_gram:
                 return solved
             finite = exact.isfinite().all(-1).all(-1)[..., None]
@@ -59,7 +63,11 @@ class Method(ABC):
 
     @abstractmethod
     def _solve(
-        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
     ) -> Tensor:
         """[..., T, T] float64 -> [..., T] float64, without waiting for the device."""
 

@@ -13,10 +13,6 @@ from gradsurgery.methods.pcgrad import project_conflicts
 
 __all__ = ["AGS"]
 
-# Below this part of trace(M), wᵀMw is what rounding left of a sum that cancelled: float32
-# gradients give M to about 1e-7, relative to the product of the two norms.
-_CANCELLED = 1e-7
-
 
 class AGS(Method):
     """Adaptive Gradient Surgery: conflicts projected away, the plain sum's norm kept.
@@ -25,14 +21,15 @@ class AGS(Method):
     uses, as in the authors' script), w ← w · sqrt(1ᵀM1 / wᵀMw), so ‖Gᵀw‖ = ‖Σ_t g_t‖.
 
     Where nothing conflicts w = 1 to the bit: the plain sum. Two tasks with equal norms also give
-    the plain sum, whatever their angle: AGS changes the direction only where norms differ.
+    the plain sum: AGS changes the direction only where norms differ.
 
     Args:
         max_scale: upper limit of the rescale factor, which grows without bound as two gradients
-            come to oppose each other. None: no limit, the published behaviour.
+            come to oppose each other. None: no limit, the published behaviour. (A limit below 1
+            shortens every gradient.)
 
-    Deviation from the paper: where the projected gradients cancel (wᵀMw under 1e-7 of trace M)
-    only rounding noise is left, and it is not scaled up to full length.
+    Deviation from the paper: where the projected gradients cancel (wᵀMw is within the rounding of
+    its terms) only noise is left, and it is not scaled up to full length.
 
     Raises:
         ValueError: `max_scale` is not positive.
@@ -55,17 +52,23 @@ class AGS(Method):
         self.max_scale = max_scale
 
     def _solve(
-        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=True, generator=generator)
         projected: Tensor = project_conflicts(gram, orders)
         before = _square_norm(gram, torch.ones_like(projected))
         after = _square_norm(gram, projected)
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         scale = divide_or_zero(before.clamp(min=0), after).sqrt()
         if self.max_scale is not None:
             scale = scale.clamp(max=self.max_scale)
-        scale = torch.where(after <= _CANCELLED * trace, 1.0, scale)
+        # Each of the terms w_i M_ij w_j is good to `resolution`.
+        noise = 4 * resolution * (projected.abs() * norms).sum(-1).square()
+        scale = torch.where(after <= noise, 1.0, scale)
         return projected * scale[..., None]
 
 

@@ -90,7 +90,11 @@ class GradVac(Method):
             )
 
     def _solve(
-        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
         if self._target is None:

@@ -25,6 +25,10 @@ class Mean(Method):
     reads_gram: ClassVar[bool] = False
 
     def _solve(
-        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
     ) -> Tensor:
         return gram.new_full(gram.shape[:-1], 1 / gram.shape[-1])

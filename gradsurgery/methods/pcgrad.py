@@ -13,7 +13,7 @@ from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 __all__ = ["PCGrad", "project_conflicts"]
 
 
-# One op to whoever looks from outside (the dispatcher, torch.compile, a profiler), whatever T.
+# One op to the dispatcher and to torch.compile, whatever T.
 @torch.library.custom_op("gradsurgery::project_conflicts", mutates_args=())
 def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
     """Coefficients of the sum of the altered gradients, [..., T, T] -> [..., T].
@@ -54,7 +54,11 @@ class PCGrad(Method):
     name: ClassVar[str] = "pcgrad"
 
     def _solve(
-        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
         weights: Tensor = project_conflicts(gram, orders)

@@ -25,6 +25,10 @@ class Sum(Method):
     reads_gram: ClassVar[bool] = False
 
     def _solve(
-        self, gram: Tensor, losses: Tensor | None, generator: torch.Generator | None
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
     ) -> Tensor:
         return gram.new_ones(gram.shape[:-1])

@@ -163,6 +163,8 @@ def test_add_param_group(case: Case, steps_before: int) -> None:
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
         assert len(optimizer.param_groups) == 2
         return
+    if "Adagrad" in str(case) and torch.__version__ < "2.12":
+        pytest.skip("torch's own Adagrad cannot step a group added later (KeyError: 'sum')")
     model, twin = case.model(), case.model()
     late = [model.heads[2].weight, twin.heads[2].weight]
     early = [

@@ -106,7 +106,7 @@ def test_invariant_1_methods_see_nothing_of_size_d() -> None:
         with pytest.raises(ValueError, match="T, T"):
             methods.resolve(name).weights(torch.ones(2, 1000))
         accepted = inspect.signature(methods.resolve(name).weights).parameters
-        assert list(accepted) == ["gram", "losses", "generator"]
+        assert list(accepted) == ["gram", "losses", "generator", "resolution"]
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -156,6 +156,26 @@ def test_invariant_3_extra_memory(tasks: int, scope: str) -> None:
     # Each parameter starts at a multiple of 64 bytes.
     padding = 16 * tasks * len(list(under.parameters()))
     assert elements <= tasks * sum(p.numel() for p in under.parameters()) + padding
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+@pytest.mark.parametrize("habit", ["set to zero", "two calls"])
+def test_invariant_3_a_gradient_that_is_there_costs_itself(tasks: int, habit: str) -> None:
+    """zero_grad(set_to_none=False), or two calls for one step: T rows and the old gradient."""
+    model = Shared(tasks, depth=4, width=32)
+    optimizer = prepared(model, scope="all")
+    for _ in range(4):
+        optimizer.zero_grad(set_to_none=habit != "set to zero")
+        for _ in range(2 if habit == "two calls" else 1):
+            optimizer.backward(model.losses())
+    alive = {b.untyped_storage()._cdata: b for b in optimizer._surgery._gradients._buffers}
+    for p in model.parameters():
+        assert p.grad is not None
+        alive.setdefault(p.grad.untyped_storage()._cdata, p.grad)
+    elements = sum(t.untyped_storage().nbytes() // 4 for t in alive.values())
+    size = sum(p.numel() for p in model.parameters())
+    padding = 16 * tasks * len(list(model.parameters()))
+    assert elements <= (tasks + 1) * size + padding
 
 
 @pytest.mark.parametrize("method", NAMES)

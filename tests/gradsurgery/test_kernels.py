@@ -110,6 +110,17 @@ def test_any_row_may_be_the_output(dtype: torch.dtype) -> None:
         assert relative(gradients[index], wanted) <= 2 * RESULT_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("shift", [1, 3, 1_000_000])
+def test_an_output_that_overlaps_the_rows(shift: int) -> None:
+    """As if it did not."""
+    memory = torch.randn(3 * 2_000_000 + shift, generator=torch.Generator().manual_seed(0))
+    gradients = memory[: 3 * 2_000_000].view(3, -1)
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    wanted = reference.combine(gradients, weights)
+    found = kernels.combine(gradients, weights, out=memory[shift : 2_000_000 + shift])
+    assert relative(found, wanted) <= 1e-6
+
+
 def test_complex_rows_count_as_real_and_imaginary_parts() -> None:
     gradients = torch.complex(rows(3, 50, torch.float64), rows(3, 50, torch.float64, seed=1))
     real = torch.view_as_real(gradients).flatten(1)

@@ -222,6 +222,20 @@ def test_two_tasks_with_equal_norms_are_the_plain_sum() -> None:
         torch.testing.assert_close(weights.tolist(), [1.0, 1.0], **CLOSE)
 
 
+@pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6])
+def test_near_opposition_is_rescaled_down_to_rounding(angle: float) -> None:
+    """float64 rows: the norm of the sum is kept as long as anything but rounding is left."""
+    turned = torch.tensor([-math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    for length in (1.0, 2.0):
+        gradients = torch.stack([torch.tensor([1.0, 0.0], dtype=torch.float64), length * turned])
+        combined, total = aggregate(gradients), gradients.sum(0)
+        # wᵀMw cancels to angle² of its terms, which are good to 1e-16.
+        slack = max(1e-9, 1e-14 / angle**2)
+        assert float(combined.norm()) == pytest.approx(float(total.norm()), rel=slack)
+        if length == 1.0:
+            torch.testing.assert_close(combined, total, rtol=10 * slack, atol=0.0)
+
+
 def test_pcgrad_pair_does_not_conflict_afterwards() -> None:
     gradients = torch.tensor([[1.0, 0.2], [-3.0, 0.4]], dtype=torch.float64)
     combined = aggregate(gradients, "pcgrad")
