@@ -1,4 +1,4 @@
-"""`python -m benchmarks projection | step | memory | table`."""
+"""`python -m benchmarks projection | step | overhead | memory | table`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import memory, projection, step, table
+from benchmarks import memory, overhead, projection, step, table
 from benchmarks.measure import Rows
 
 
@@ -18,13 +18,15 @@ def main() -> None:
     for name, text in (
         ("projection", "gram + combine over the memory floor"),
         ("step", "a ResNet18 step with surgery over the plain step"),
+        ("overhead", "many small parameters: what the host pays"),
         ("memory", "peak memory over plain training"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--output", type=Path, default=Path("runs/benchmarks.jsonl"))
         command.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
         if name == "projection":
-            command.add_argument("--dtype", default="float32", help="float32, bfloat16, ...")
+            dtypes = ("float32", "float64", "bfloat16", "float16")
+            command.add_argument("--dtype", default="float32", choices=dtypes)
     show = commands.add_parser("table", help="tables from a results file")
     show.add_argument("path", type=Path, nargs="?", default=Path("runs/benchmarks.jsonl"))
     child = commands.add_parser("memory-child", help="one measured process of `memory`")
@@ -55,6 +57,8 @@ def measure(options: argparse.Namespace) -> None:
         )
     elif options.command == "step":
         step.run(rows, pairs=2 if quick else 21, tasks=2, batch=4 if quick else 32, pixels=64)
+    elif options.command == "overhead":
+        overhead.run(rows, rounds=5 if quick else 101, counts=[10, 100, 1000], tasks=2)
     else:
         memory.run(
             rows,

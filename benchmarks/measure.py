@@ -45,7 +45,9 @@ def _wait() -> None:
 
 def summary(times: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile, and the number of runs."""
-    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
+    fifths = (
+        statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
+    )
     return {
         "median_ms": round(statistics.median(times), 4),
         "p20_ms": round(fifths[0], 4),
