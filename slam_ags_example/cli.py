@@ -24,8 +24,9 @@ _DESCRIPTION = """\
 Find rare abnormal cells from slide labels alone.
 
 A bag (slide) is labelled positive or negative; a positive one holds a few abnormal patches (cells),
-and nothing says which. `run` makes bags, pretrains an encoder under gradient surgery, trains a
-gated-attention aggregator on bags, predicts test bags, and ranks the cells of the positive ones.
+and nothing says which. `run` makes bags, pretrains an encoder (under gradient surgery, or by a
+baseline's method), trains a gated-attention aggregator on bags, predicts test bags, and ranks the
+cells of the positive ones.
 """
 
 _RUN_EPILOG = """\
@@ -34,9 +35,20 @@ config.json (settings and versions), bags.json (which image is in which bag), te
 test_cells.csv (every prediction), pretraining.csv and mil.csv (curves), embeddings.npz and
 timing.json.
 
-The same --seed gives the same bags whatever the method, so methods can be compared in pairs:
+Methods:
+  slam-ags    NT-Xent on patches of positive bags, similarity loss on those of negative bags, and
+              --surgery on the two gradients
+  weaksupcon  the same two losses, plain sum
+  simclr      NT-Xent on all patches, no labels
+  ws-sil      cross entropy, each patch under its bag's label
+  supervised  cross entropy under true patch labels: an upper bound
+  one-class   Deep SVDD on patches of negative bags
+  random      an untrained encoder
+
+The same --seed gives the same bags, initial weights, batches and views whatever the method, so
+methods can be compared in pairs:
   slam-ags run --seed 0 --output runs/ags
-  slam-ags run --seed 0 --surgery sum --output runs/plain-sum
+  slam-ags run --seed 0 --method weaksupcon --output runs/weaksupcon
   slam-ags run --seed 0 --method random --output runs/random
 
 Exit codes: 0 done, 1 training failed, 2 wrong option or input, 130 interrupted.
@@ -120,15 +132,17 @@ def _parser() -> argparse.ArgumentParser:
     option("--seed", "seed", int, "decides bags, weights, batches, views", metavar="N", group=bags)
 
     train = command.add_argument_group("pretraining")
-    text = "slam-ags: two losses under surgery; random: an untrained encoder"
+    text = "what trains the encoder; see below"
     option("--method", "method", str, text, choices=METHODS, group=train)
-    text = "how the two task gradients are combined; sum: no surgery"
+    text = "how slam-ags combines its two task gradients (sum: no surgery); None: ags"
     option("--surgery", "surgery", str, text, choices=tuple(methods.available()), group=train)
     option("--epochs", "epochs", int, "passes over the training patches", metavar="N", group=train)
-    option("--batch-size", "batch_size", int, "patches of both tasks", metavar="N", group=train)
+    text = "patches of both kinds of bag"
+    option("--batch-size", "batch_size", int, text, metavar="N", group=train)
     option("--lr", "learning_rate", float, "AdamW's peak learning rate", metavar="X", group=train)
     option("--weight-decay", "weight_decay", float, "AdamW's", metavar="X", group=train)
-    option("--temperature", "temperature", float, "of both losses", metavar="X", group=train)
+    text = "of NT-Xent and similarity"
+    option("--temperature", "temperature", float, text, metavar="X", group=train)
     option("--device", "device", str, "auto, cpu, cuda, cuda:1, ...", metavar="NAME", group=train)
 
     mil = command.add_argument_group("aggregator and evaluation")
@@ -143,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 def _table(config: RunConfig, metrics: dict[str, Any]) -> Table:
     bag, cell = metrics["bag"], metrics["cell"]
     top = cell["top_k"]
-    how = config.method if config.method == "random" else f"{config.method} ({config.surgery})"
+    how = f"{config.method} ({config.surgery})" if config.surgery else config.method
     table = Table(title=f"{how}, {config.data}, witness rate {config.witness_rate:g}")
     table.add_column("measure on test bags")
     table.add_column("value", justify="right")

@@ -22,7 +22,15 @@ __all__ = [
     "stream_seed",
 ]
 
-METHODS = ("slam-ags", "random")
+METHODS = (
+    "slam-ags",
+    "weaksupcon",
+    "simclr",
+    "ws-sil",
+    "supervised",
+    "one-class",
+    "random",
+)
 PUBLISHED_TOP_K = 400
 
 
@@ -33,6 +41,8 @@ class InputError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides the numbers of a run.
+
+    ``surgery`` belongs to slam-ags, where None stands for ``"ags"``; no other method takes one.
 
     Raises:
         InputError: a value is out of its range; the message names the option.
@@ -45,7 +55,7 @@ class RunConfig:
     n_bags: int | None = None
     seed: int = 0
     method: str = "slam-ags"
-    surgery: str = "ags"
+    surgery: str | None = None
     epochs: int = 60
     batch_size: int = 256
     learning_rate: float = 3e-3
@@ -59,7 +69,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         one_of("--method", self.method, METHODS)
-        one_of("--surgery", self.surgery, tuple(methods.available()))
+        self._settle_surgery()
         if not 0 < self.witness_rate <= 1:
             raise InputError(f"--witness-rate must be in (0, 1], got {self.witness_rate:g}")
         for option, count in [
@@ -95,6 +105,18 @@ class RunConfig:
         ]:
             if not (math.isfinite(decay) and decay >= 0):
                 raise InputError(f"{option} must be finite and not negative, got {decay:g}")
+
+    def _settle_surgery(self) -> None:
+        """Check ``surgery``, and put slam-ags's own default in place of None."""
+        if self.surgery is not None:
+            one_of("--surgery", self.surgery, tuple(methods.available()))
+            if self.method != "slam-ags":
+                raise InputError(
+                    f"--surgery belongs to --method slam-ags: leave --surgery {self.surgery} out "
+                    f"for --method {self.method}"
+                )
+        elif self.method == "slam-ags":
+            object.__setattr__(self, "surgery", "ags")  # the class is frozen
 
     @property
     def resolved_top_k(self) -> int:

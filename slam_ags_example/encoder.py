@@ -1,4 +1,4 @@
-"""The patch encoder, the projection head, and their weights from an explicit generator."""
+"""The patch encoder, the heads on it, and their weights from an explicit generator."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EMBEDDING_DIM", "PretrainingModel", "own_stream"]
+__all__ = ["EMBEDDING_DIM", "LinearHead", "PretrainingModel", "own_stream"]
 
 EMBEDDING_DIM = 128
 
@@ -44,6 +44,20 @@ class PretrainingModel(nn.Module):
         """Projections [N, d] of patches [N, C, H, W]."""
         projections: Tensor = self.head(self.encoder(patches))
         return projections
+
+
+class LinearHead(nn.Module):
+    """One logit a patch, linear in the encoder's output: what a patch label is predicted with."""
+
+    def __init__(self, *, generator: torch.Generator) -> None:
+        super().__init__()
+        with own_stream(self, generator):
+            self.linear = nn.Linear(EMBEDDING_DIM, 1)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Logits [N] of embeddings [N, EMBEDDING_DIM]."""
+        logits: Tensor = self.linear(embeddings).squeeze(1)
+        return logits
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The two pretraining losses: NT-Xent and the similarity loss."""
+"""The pretraining losses: NT-Xent, similarity, balanced cross entropy, and Deep SVDD's distance."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["nt_xent_loss", "similarity_loss"]
+__all__ = ["cross_entropy_loss", "hypersphere_loss", "nt_xent_loss", "similarity_loss"]
 
 
 def nt_xent_loss(a: Tensor, b: Tensor, temperature: float = 0.07) -> Tensor:
@@ -80,6 +80,79 @@ def similarity_loss(a: Tensor, b: Tensor, temperature: float = 0.07) -> Tensor:
     # Σ‖z_i‖² is 2N up to rounding, but a row of zeros stays zero and counts as such.
     pair_sum = z.sum(dim=0).square().sum() - z.square().sum()
     return -pair_sum / (n_views * (n_views - 1) * temperature)
+
+
+def cross_entropy_loss(logits: Tensor, labels: Tensor, positive_share: float = 0.5) -> Tensor:
+    """Binary cross entropy in which both classes weigh the same, however rare one of them is.
+
+    With s a row's logit, y its label and π the share of positive labels in the whole training set::
+
+        loss = -1/N · Σ_i [ y_i/(2π) · log σ(s_i) + (1 - y_i)/(2(1 - π)) · log(1 - σ(s_i)) ]
+
+    The weights come from the training set, not from the batch: their mean over the set is 1, a
+    batch without a positive row is no special case, and π = 1/2 is plain cross entropy.
+
+    Args:
+        logits: [N], N >= 1.
+        labels: [N] booleans.
+        positive_share: π, in (0, 1).
+
+    Returns:
+        The loss, a 0-dim tensor, in nats.
+
+    Raises:
+        ValueError: the shapes are not [N] with N >= 1, the labels are not booleans, or the share
+            is not in (0, 1).
+
+    Example:
+        >>> labels = torch.tensor([True, False])
+        >>> round(float(cross_entropy_loss(torch.tensor([2.0, -2.0]), labels)), 4)
+        0.1269
+
+    Source: weights N/(2 N_c) as of King and Zeng 2001, "Logistic regression in rare events data".
+    """
+    if logits.ndim != 1 or logits.shape != labels.shape or len(logits) < 1:
+        raise ValueError(
+            "logits and labels must have one shape [N] with N >= 1, "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.bool:
+        raise ValueError(f"labels must be booleans, got {labels.dtype}")
+    if not 0 < positive_share < 1:
+        raise ValueError(f"positive_share must be in (0, 1), got {positive_share}")
+    y = labels.to(logits.dtype)
+    weight = y * (0.5 / positive_share) + (1 - y) * (0.5 / (1 - positive_share))
+    return functional.binary_cross_entropy_with_logits(logits, y, weight=weight)
+
+
+def hypersphere_loss(embeddings: Tensor, centre: Tensor) -> Tensor:
+    """Mean squared distance of embeddings to a fixed centre::
+
+        loss = 1/N · Σ_i ‖z_i - c‖²
+
+    Args:
+        embeddings: z, [N, d], N >= 1.
+        centre: c, [d].
+
+    Returns:
+        The loss, a 0-dim tensor. Its minimum, 0, is collapse: every embedding on the centre.
+
+    Raises:
+        ValueError: the shapes are not [N, d] and [d], with N >= 1 and d >= 1.
+
+    Example:
+        >>> float(hypersphere_loss(torch.eye(2), torch.zeros(2)))
+        1.0
+
+    Source: Ruff et al. 2018, "Deep One-Class Classification" (PMLR 80), equation 4; its weight
+    decay is the optimizer's.
+    """
+    if embeddings.ndim != 2 or embeddings.shape[1:] != centre.shape or embeddings.numel() < 1:
+        raise ValueError(
+            "embeddings and centre must be [N, d] and [d] with N >= 1 and d >= 1, "
+            f"got {tuple(embeddings.shape)} and {tuple(centre.shape)}"
+        )
+    return (embeddings - centre).square().sum(dim=1).mean()
 
 
 def _check_views(a: Tensor, b: Tensor, temperature: float) -> None:

@@ -1,20 +1,20 @@
-"""Pretraining from slide labels alone: two losses on disjoint sets of patches, under surgery."""
+"""Pretraining: one loop for every method, through the two lines of gradsurgery."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradsurgery import AdaptiveGradientSurgery, SurgeryReport
 from slam_ags_example.augment import DigitViews
 from slam_ags_example.config import RunConfig, generator
 from slam_ags_example.embed import collapse_measures, embed
 from slam_ags_example.encoder import PretrainingModel
-from slam_ags_example.losses import nt_xent_loss, similarity_loss
+from slam_ags_example.objectives import OBJECTIVES, Batch, TrainingPatches
 
-__all__ = ["EpochRecord", "TrainingFailedError", "pretrain"]
+__all__ = ["Conflict", "EpochRecord", "TrainingFailedError", "pretrain"]
 
 WARM_UP_SHARE = 1 / 15  # of the steps: 10 epochs of 150, as published
 
@@ -23,54 +23,69 @@ class TrainingFailedError(RuntimeError):
     """Training cannot go on; the message is one line that says what to try."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Conflict:
+    """What surgery saw of two tasks, as means over the steps of one epoch.
+
+    Attributes:
+        cosine: cosine between the two task gradients.
+        rate: share of steps on which that cosine was negative, in [0, 1].
+        norms: norm of each task's gradient, by the task's name.
+        weights: weight that surgery gave each task, by the task's name.
+    """
+
+    cosine: float
+    rate: float
+    norms: dict[str, float]
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochRecord:
     """Means over the steps of one epoch, and the state of the embedding after it.
 
     Attributes:
         epoch: from 1.
-        nt_xent: loss on patches of positive bags.
-        similarity: loss on patches of negative bags.
-        cosine: cosine between the two task gradients.
-        conflict_rate: share of steps on which that cosine was negative, in [0, 1].
-        norm_nt_xent: norm of the task's gradient.
-        norm_similarity: norm of the task's gradient.
-        weight_nt_xent: weight that surgery gave the task.
-        weight_similarity: weight that surgery gave the task.
+        losses: each task's loss, by the task's name.
+        conflict: between the two tasks; None for a method with one.
         effective_rank: of the embeddings of held-out patches; 1 is collapse, d is the most.
         feature_std: spread of their directions; 0 is collapse, 1 is all directions alike.
     """
 
     epoch: int
-    nt_xent: float
-    similarity: float
-    cosine: float
-    conflict_rate: float
-    norm_nt_xent: float
-    norm_similarity: float
-    weight_nt_xent: float
-    weight_similarity: float
+    losses: dict[str, float]
+    conflict: Conflict | None
     effective_rank: float
     feature_std: float
+
+    def row(self) -> dict[str, float]:
+        """One level of named numbers, as pretraining.csv has them."""
+        row: dict[str, float] = {"epoch": self.epoch, **self.losses}
+        if self.conflict is not None:
+            row |= {"cosine": self.conflict.cosine, "conflict_rate": self.conflict.rate}
+            row |= {f"norm_{task}": norm for task, norm in self.conflict.norms.items()}
+            row |= {f"weight_{task}": weight for task, weight in self.conflict.weights.items()}
+        return row | {"effective_rank": self.effective_rank, "feature_std": self.feature_std}
 
 
 def pretrain(
     model: PretrainingModel,
-    positive: Tensor,
-    negative: Tensor,
+    patches: TrainingPatches,
     held_out: Tensor,
     config: RunConfig,
     *,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
 ) -> list[EpochRecord]:
-    """Train ``model`` in place; every patch of either set is seen once an epoch.
+    """Train ``model`` in place by ``config.method``.
+
+    Batches, views, optimizer and schedule do not depend on the method: with one seed, each method
+    meets the same views of the same patches in the same order, every patch once an epoch.
 
     Args:
         model: on the device of the patches.
-        positive: [P, C, H, W], the patches of positive training bags (normal and abnormal).
-        negative: [Q, C, H, W], the patches of negative training bags.
+        patches: of the training bags.
         held_out: [R, C, H, W], patches of other bags, for the collapse measures only.
-        config: epochs, batch size, learning rate, weight decay, temperature, surgery, seed.
+        config: method, surgery, epochs, batch size, learning rate, weight decay, temperature, seed.
         on_epoch: called after each epoch.
 
     Returns:
@@ -78,65 +93,86 @@ def pretrain(
 
     Raises:
         TrainingFailedError: a loss is no longer finite.
+        ValueError: the method is none that trains.
     """
-    device = positive.device
-    random = generator(config.seed, "pretraining", device)
+    if config.method not in OBJECTIVES:
+        raise ValueError(f"method must be one of {', '.join(OBJECTIVES)}, got {config.method!r}")
+    objective = OBJECTIVES[config.method](model, patches, config)
+    random = generator(config.seed, "pretraining", patches.positive.device)
     view = DigitViews()
     optimizer = AdaptiveGradientSurgery(
         torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            [parameter for parameter in objective.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
         ),
-        method=config.surgery,
+        method=objective.surgery,
     )
-    n_steps = _steps_per_epoch(len(positive), len(negative), config.batch_size)
+    n_steps = _steps_per_epoch(len(patches.positive), len(patches.negative), config.batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, _warm_up_then_cosine(config.epochs * n_steps)
     )
 
     records: list[EpochRecord] = []
     for epoch in range(1, config.epochs + 1):
-        model.train()
+        objective.train()
         seen: list[Tensor] = []  # per step, on the device: read once, at the end of the epoch
-        for rows_positive, rows_negative in _batches(len(positive), len(negative), n_steps, random):
-            a, b = _project_two_views(model, positive[rows_positive], view, random)
-            nt_xent = nt_xent_loss(a, b, config.temperature)
-            a, b = _project_two_views(model, negative[rows_negative], view, random)
-            similarity = similarity_loss(a, b, config.temperature)
+        for batch in _batches(patches, n_steps, view, random):
+            losses = objective(batch)
 
             optimizer.zero_grad()
-            optimizer.backward({"nt_xent": nt_xent, "similarity": similarity})
+            optimizer.backward(losses)
             optimizer.step()
             scheduler.step()
 
-            losses = torch.stack([nt_xent.detach(), similarity.detach()])
-            seen.append(torch.cat([losses, *_observe(optimizer.last)]))
+            values = torch.stack([loss.detach() for loss in losses.values()])
+            seen.append(torch.cat([values, *_observe(optimizer.last)]))
         means = torch.stack(seen).mean(dim=0).tolist()
         embeddings = embed(model.encoder, held_out)
-        if not (all(map(math.isfinite, means[:2])) and bool(embeddings.isfinite().all())):
+        if not (
+            all(map(math.isfinite, means[: len(losses)])) and bool(embeddings.isfinite().all())
+        ):
             raise TrainingFailedError(
                 f"a pretraining loss or embedding is not finite at epoch {epoch}: lower --lr "
-                f"(it is {config.learning_rate:g}) or raise --temperature"
+                f"(it is {config.learning_rate:g}), or raise --temperature if the method has one"
             )
-        means += collapse_measures(embeddings)
-        records.append(EpochRecord(epoch, *means))
+        records.append(_record(epoch, list(losses), means, *collapse_measures(embeddings)))
         on_epoch(records[-1])
     return records
 
 
-def _observe(report: SurgeryReport | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine and conflict, norms, and weights of the last surgery: [2], [2], [2], on the device."""
+def _observe(report: SurgeryReport | None) -> list[Tensor]:
+    """Cosine and conflict, norms, and weights of the last surgery, on the device.
+
+    [2], [2] and [2] for two tasks; nothing for one, whose gradient is with no other in conflict.
+    """
     assert report is not None  # asked for after a backward only
+    if len(report.names) == 1:
+        return []
     pair = torch.stack([report.cosine[0, 1], report.conflicts.double()])
-    return pair, report.norms, report.weights
+    return [pair, report.norms, report.weights]
 
 
-def _project_two_views(
-    model: nn.Module, patches: Tensor, view: DigitViews, random: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Projections [N, d] of two views of each patch, in one forward pass of this task alone."""
-    views = torch.cat([view(patches, random), view(patches, random)])
-    a, b = model(views).chunk(2)
-    return a, b
+def _record(
+    epoch: int, tasks: list[str], means: list[float], effective_rank: float, feature_std: float
+) -> EpochRecord:
+    """Give names to an epoch's means, which stand in the order losses, then ``_observe``."""
+    conflict = None
+    if len(tasks) == 2:
+        cosine, rate, *rest = means[2:]
+        conflict = Conflict(
+            cosine=cosine,
+            rate=rate,
+            norms=dict(zip(tasks, rest[:2], strict=True)),
+            weights=dict(zip(tasks, rest[2:], strict=True)),
+        )
+    return EpochRecord(
+        epoch=epoch,
+        losses=dict(zip(tasks, means, strict=False)),
+        conflict=conflict,
+        effective_rank=effective_rank,
+        feature_std=feature_std,
+    )
 
 
 def _steps_per_epoch(n_positive: int, n_negative: int, batch_size: int) -> int:
@@ -146,6 +182,23 @@ def _steps_per_epoch(n_positive: int, n_negative: int, batch_size: int) -> int:
 
 
 def _batches(
+    patches: TrainingPatches, n_steps: int, view: DigitViews, random: torch.Generator
+) -> Iterator[Batch]:
+    """The batches of one epoch: two random views of each patch, drawn for all methods alike."""
+
+    def two_views(images: Tensor) -> Tensor:
+        return torch.cat([view(images, random), view(images, random)])
+
+    n_positive, n_negative = len(patches.positive), len(patches.negative)
+    for positive, negative in _rows(n_positive, n_negative, n_steps, random):
+        yield Batch(
+            positive=two_views(patches.positive[positive]),
+            negative=two_views(patches.negative[negative]),
+            abnormal=patches.abnormal[positive].repeat(2),
+        )
+
+
+def _rows(
     n_positive: int, n_negative: int, n_steps: int, random: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of the two sets for each step: each set shuffled and cut into ``n_steps`` even parts.

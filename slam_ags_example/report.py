@@ -23,6 +23,23 @@ from slam_ags_example.pretrain import EpochRecord
 __all__ = ["write_report"]
 
 _THUMBNAIL_PX = 44
+_METHOD_TEXT = {  # what the encoder was trained with, as the report's first sentence goes on
+    "slam-ags": "NT-Xent on patches of positive bags and the similarity loss on patches of "
+    "negative bags, task gradients combined by",  # the surgery's name follows
+    "weaksupcon": "NT-Xent on patches of positive bags plus the similarity loss on patches of "
+    "negative bags, without surgery (baseline WeakSupCon)",
+    "simclr": "NT-Xent on the patches of all bags (baseline SimCLR)",
+    "ws-sil": "cross entropy, each patch under its bag's label (baseline WS-SIL)",
+    "supervised": "cross entropy under the true patch labels (upper bound: no weak method has "
+    "them)",
+    "one-class": "Deep SVDD on patches of negative bags (one-class baseline)",
+}
+_LOSS_LABEL = {
+    "nt_xent": "NT-Xent",
+    "similarity": "similarity",
+    "cross_entropy": "cross entropy (nats)",
+    "distance": "squared distance to the centre",
+}
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "slam-ags",  # the same figure gives the same file
     "svg.fonttype": "none",
@@ -62,7 +79,7 @@ def write_report(
         if history:
             figures = {
                 "Pretraining losses": _losses_figure(history),
-                "Conflict and surgery": _conflict_figure(history),
+                **_conflict_figures(history),
                 "Collapse": _collapse_figure(history),
                 **figures,
             }
@@ -77,6 +94,7 @@ def write_report(
     )
     html = environment.get_template("report.html.j2").render(
         config=asdict(config),
+        method_text=_METHOD_TEXT.get(config.method),
         metrics=metrics,
         seconds=seconds,
         figures=drawn,
@@ -87,34 +105,38 @@ def write_report(
 
 
 def _losses_figure(history: Sequence[EpochRecord]) -> Figure:
-    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    tasks = list(history[0].losses)
+    figure = Figure(figsize=(3.2 * max(len(tasks), 1.5), 2.6), layout="constrained")
+    all_axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     epochs = [record.epoch for record in history]
-    left.plot(epochs, [record.nt_xent for record in history], color="C0")
-    left.set(xlabel="epoch", ylabel="NT-Xent (positive bags)")
-    right.plot(epochs, [record.similarity for record in history], color="C1")
-    right.set(xlabel="epoch", ylabel="similarity loss (negative bags)")
+    for index, (axes, task) in enumerate(zip(all_axes, tasks, strict=True)):
+        axes.plot(epochs, [record.losses[task] for record in history], color=f"C{index}")
+        axes.set(xlabel="epoch", ylabel=_LOSS_LABEL[task])
     return figure
 
 
-def _conflict_figure(history: Sequence[EpochRecord]) -> Figure:
+def _conflict_figures(history: Sequence[EpochRecord]) -> dict[str, Figure]:
+    """The conflict over time under its title; nothing for a method with one task."""
+    conflicts = [record.conflict for record in history if record.conflict is not None]
+    if not conflicts:
+        return {}
     figure = Figure(figsize=(9.6, 2.6), layout="constrained")
     cosine, norms, weights = figure.subplots(1, 3)
     epochs = [record.epoch for record in history]
-    cosine.plot(epochs, [record.cosine for record in history], label="cosine")
-    cosine.plot(epochs, [record.conflict_rate for record in history], label="conflict rate")
+    cosine.plot(epochs, [conflict.cosine for conflict in conflicts], label="cosine")
+    cosine.plot(epochs, [conflict.rate for conflict in conflicts], label="conflict rate")
     cosine.axhline(0, color="black", linewidth=0.8)
     cosine.set(xlabel="epoch", ylabel="task gradients", ylim=(-1.05, 1.05))
-    for axes, field in [(norms, "norm"), (weights, "weight")]:
-        for task, label in [("nt_xent", "NT-Xent"), ("similarity", "similarity")]:
-            axes.plot(
-                epochs, [getattr(record, f"{field}_{task}") for record in history], label=label
-            )
-        axes.set(xlabel="epoch", ylabel=f"{field} of the task gradient")
+    for task in history[0].losses:
+        label = _LOSS_LABEL[task]
+        norms.plot(epochs, [conflict.norms[task] for conflict in conflicts], label=label)
+        weights.plot(epochs, [conflict.weights[task] for conflict in conflicts], label=label)
+    norms.set(xlabel="epoch", ylabel="norm of the task gradient")
+    weights.set(xlabel="epoch", ylabel="weight of the task gradient")
     norms.set_yscale("log")
     for axes in (cosine, norms, weights):
         axes.legend(frameon=False)
-    return figure
+    return {"Conflict and surgery": figure}
 
 
 def _collapse_figure(history: Sequence[EpochRecord]) -> Figure:

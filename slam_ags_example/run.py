@@ -23,6 +23,7 @@ from slam_ags_example.embed import collapse_measures, embed, read_embeddings, wr
 from slam_ags_example.encoder import PretrainingModel
 from slam_ags_example.evaluate import BagPrediction, summarise
 from slam_ags_example.mil import BagSet, GatedAttentionMIL, train_mil
+from slam_ags_example.objectives import TrainingPatches
 from slam_ags_example.output import prepare_output, write_csv, write_json, write_predictions
 from slam_ags_example.pretrain import EpochRecord, pretrain
 from slam_ags_example.report import write_report
@@ -65,11 +66,9 @@ def run(config: RunConfig, output: Path, *, overwrite: bool = False) -> dict[str
         with _timed(seconds, "pretraining_s"):
             if config.method != "random":
                 bar = progress.add_task("pretraining", total=config.epochs)
-                train = manifest.split("train")
                 history = pretrain(
                     model,
-                    _images(patches, [bag for bag in train if bag.positive]).to(device),
-                    _images(patches, [bag for bag in train if not bag.positive]).to(device),
+                    _training_patches(manifest, patches, device),
                     _images(patches, manifest.split("validation")).to(device),
                     config,
                     on_epoch=lambda record: progress.advance(bar),
@@ -86,7 +85,7 @@ def run(config: RunConfig, output: Path, *, overwrite: bool = False) -> dict[str
                 config,
                 on_epoch=lambda record: progress.advance(bar),
             )
-    write_csv(output / "pretraining.csv", [asdict(record) for record in history])
+    write_csv(output / "pretraining.csv", [record.row() for record in history])
     write_csv(output / "mil.csv", [asdict(record) for record in mil_history])
 
     predictions = _predict(mil, bags["test"], manifest.split("test"))
@@ -151,6 +150,19 @@ def _images(patches: PatchSet, bags: Sequence[Bag]) -> Tensor:
     return patches.images[patches.rows(_references(bags))]
 
 
+def _training_patches(
+    manifest: Manifest, patches: PatchSet, device: torch.device
+) -> TrainingPatches:
+    train = manifest.split("train")
+    positive = [bag for bag in train if bag.positive]
+    truth = [instance.abnormal for bag in positive for instance in bag.instances]
+    return TrainingPatches(
+        positive=_images(patches, positive).to(device),
+        negative=_images(patches, [bag for bag in train if not bag.positive]).to(device),
+        abnormal=torch.tensor(truth, device=device),
+    )
+
+
 def _split_rows(manifest: Manifest, split: str) -> list[int]:
     """Rows of a split among the instances of all bags, in the manifest's order."""
     of_row = [bag.split for bag in manifest.bags for _ in bag.instances]
@@ -204,14 +216,13 @@ def _summarise_pretraining(history: Sequence[EpochRecord], held_out: Tensor) -> 
         "effective_rank": rank,
         "feature_std": spread,
     }
-    if history:
+    conflicts = [record.conflict for record in history if record.conflict is not None]
+    if conflicts:
         summary |= {
-            "conflict_rate": float(np.mean([record.conflict_rate for record in history])),
-            "mean_cosine": float(np.mean([record.cosine for record in history])),
-            "nt_xent": history[-1].nt_xent,
-            "similarity": history[-1].similarity,
+            "conflict_rate": float(np.mean([conflict.rate for conflict in conflicts])),
+            "mean_cosine": float(np.mean([conflict.cosine for conflict in conflicts])),
         }
-    return summary
+    return summary | (history[-1].losses if history else {})
 
 
 def _count(manifest: Manifest) -> dict[str, dict[str, int]]:

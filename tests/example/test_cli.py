@@ -109,12 +109,37 @@ def test_the_same_settings_give_the_same_metrics(finished, tmp_path):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_methods_meet_the_same_bags(finished, tmp_path):
-    metrics = run(tmp_path, "--method", "random")
+@pytest.mark.parametrize(
+    ("method", "losses", "figures"),
+    [
+        ("weaksupcon", ["nt_xent", "similarity"], 5),
+        ("simclr", ["nt_xent"], 4),
+        ("ws-sil", ["cross_entropy"], 4),
+        ("supervised", ["cross_entropy"], 4),
+        ("one-class", ["distance"], 4),
+        ("random", [], 2),
+    ],
+)
+def test_methods_meet_the_same_bags(method, losses, figures, finished, tmp_path):
+    metrics = run(tmp_path, "--method", method)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(OUTPUT_FILES)
     assert (tmp_path / "bags.json").read_bytes() == (finished / "bags.json").read_bytes()
-    assert metrics["pretraining"]["epochs"] == 0
-    assert "conflict_rate" not in metrics["pretraining"]
-    assert (tmp_path / "report.html").read_text().count("<svg") == 2
+    reference = json.loads((finished / "metrics.json").read_text())
+    for part in ("bag", "cell", "mil", "splits"):
+        assert metrics[part].keys() == reference[part].keys()
+    assert all(math.isfinite(value) for value in numbers(metrics))
+    conflict = ["conflict_rate", "mean_cosine"] if len(losses) == 2 else []
+    collapse = ["effective_rank", "feature_std"]
+    assert list(metrics["pretraining"]) == ["epochs", *collapse, *conflict, *losses]
+    epochs = rows(tmp_path / "pretraining.csv")
+    assert metrics["pretraining"]["epochs"] == len(epochs) == (2 if losses else 0)
+    assert all(float(epochs[-1][name]) == metrics["pretraining"][name] for name in losses)
+    assert all(("cosine" in epoch) == bool(conflict) for epoch in epochs)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == figures
+    assert f"<h1>{method} on digits" in html
+    content = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert (content["method"], content["surgery"]) == (method, None)
 
 
 def test_another_surgery_gives_other_numbers(finished, tmp_path):
@@ -166,7 +191,13 @@ def test_the_terminal_gets_a_table_and_a_pipe_gets_no_progress_bar(tmp_path, cap
         (["--bags", "7"], "--bags must be even and at least 6"),
         (["--abnormal", "x"], "--abnormal must be one of the classes 0, 1,"),
         (["--surgery", "agz"], "'agz'"),
-        (["--method", "supervised"], "'supervised'"),
+        (["--method", "supervized"], "'supervized'"),
+        (["--method", "weaksupcon", "--surgery", "sum"], "leave --surgery sum out"),
+        (["--method", "simclr", "--surgery", "ags"], "belongs to --method slam-ags"),
+        (["--method", "ws-sil", "--surgery", "ags"], "out for --method ws-sil"),
+        (["--method", "supervised", "--surgery", "ags"], "out for --method supervised"),
+        (["--method", "one-class", "--surgery", "pcgrad"], "leave --surgery pcgrad out"),
+        (["--method", "random", "--surgery", "ags"], "out for --method random"),
         (["--data", "cifar"], "'cifar'"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--batch-size", "3"], "--batch-size must be at least 4"),

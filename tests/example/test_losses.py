@@ -1,4 +1,4 @@
-"""Both pretraining losses against loops over their equations, in float64."""
+"""The pretraining losses against loops over their equations, in float64."""
 
 import math
 
@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slam_ags_example.losses import nt_xent_loss, similarity_loss
+from slam_ags_example.losses import (
+    cross_entropy_loss,
+    hypersphere_loss,
+    nt_xent_loss,
+    similarity_loss,
+)
 
 # Both renderings do the same sums in another order: at most about (2N)² · d terms of size 1/τ, so
 # float64's 1.1e-16 times a few thousand, relative to 1/τ. 1e-11/τ leaves two orders of magnitude.
@@ -131,3 +136,91 @@ def test_float32_agrees_with_float64(loss):
 def test_wrong_views_are_refused_by_name(loss, a, b, temperature, message):
     with pytest.raises(ValueError, match=message):
         loss(a, b, temperature)
+
+
+def cross_entropy_by_loops(logits: Tensor, labels: Tensor, positive_share: float) -> float:
+    total = 0.0
+    for logit, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        # 1 - σ(s) = σ(-s), which keeps its digits where σ(s) is near 1
+        if label:
+            total += math.log1p(math.exp(-logit)) / (2 * positive_share)
+        else:
+            total += math.log1p(math.exp(logit)) / (2 * (1 - positive_share))
+    return total / len(logits)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 9),
+    scale=st.floats(1e-3, 5),
+    positive_share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32),
+)
+def test_cross_entropy_is_its_equation(n, scale, positive_share, seed):
+    random = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(n, generator=random, dtype=torch.float64)
+    labels = torch.rand(n, generator=random) < positive_share
+    expected = cross_entropy_by_loops(logits, labels, positive_share)
+    assert float(cross_entropy_loss(logits, labels, positive_share)) == pytest.approx(
+        expected, rel=1e-12
+    )
+
+
+def test_cross_entropy_weighs_a_rare_class_as_much_as_the_other():
+    labels = torch.arange(40) < 2
+    logits = torch.where(labels, 1.0, -2.0).double()
+    of_class = [float(cross_entropy_loss(logits[labels == c], labels[labels == c])) for c in (0, 1)]
+    value = float(cross_entropy_loss(logits, labels, positive_share=0.05))
+    assert value == pytest.approx(sum(of_class) / 2, rel=1e-12)
+
+
+def test_cross_entropy_at_even_shares_is_the_plain_one():
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) < 3
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    assert torch.equal(cross_entropy_loss(logits, labels), plain)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 6), d=st.integers(1, 7), seed=st.integers(0, 2**32))
+def test_hypersphere_loss_is_its_equation(n, d, seed):
+    random = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, d, generator=random, dtype=torch.float64)
+    centre = torch.randn(d, generator=random, dtype=torch.float64)
+    distances = [
+        math.fsum((z_k - c_k) ** 2 for z_k, c_k in zip(row, centre.tolist(), strict=True))
+        for row in z.tolist()
+    ]
+    assert float(hypersphere_loss(z, centre)) == pytest.approx(math.fsum(distances) / n, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "positive_share", "message"),
+    [
+        (torch.ones(2, 1), torch.ones(2, 1).bool(), 0.5, r"one shape \[N\].*got \(2, 1\)"),
+        (torch.ones(2), torch.ones(3).bool(), 0.5, r"got \(2,\) and \(3,\)"),
+        (torch.ones(0), torch.ones(0).bool(), 0.5, "N >= 1"),
+        (torch.ones(2), torch.ones(2), 0.5, "booleans, got torch.float32"),
+        (torch.ones(2), torch.ones(2).bool(), 0.0, r"positive_share must be in \(0, 1\), got 0.0"),
+        (torch.ones(2), torch.ones(2).bool(), 1.0, "got 1.0"),
+        (torch.ones(2), torch.ones(2).bool(), math.nan, "got nan"),
+    ],
+)
+def test_wrong_labels_are_refused_by_name(logits, labels, positive_share, message):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy_loss(logits, labels, positive_share)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "centre"),
+    [
+        (torch.ones(3), torch.ones(3)),
+        (torch.ones(2, 3), torch.ones(2)),
+        (torch.ones(2, 3), torch.ones(1, 3)),
+        (torch.ones(0, 3), torch.ones(3)),
+        (torch.ones(2, 0), torch.ones(0)),
+    ],
+)
+def test_a_centre_of_another_shape_is_refused(embeddings, centre):
+    with pytest.raises(ValueError, match=r"must be \[N, d\] and \[d\]"):
+        hypersphere_loss(embeddings, centre)

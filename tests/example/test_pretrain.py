@@ -14,7 +14,14 @@ from slam_ags_example.config import RunConfig, generator
 from slam_ags_example.data import load_patches
 from slam_ags_example.embed import effective_rank, feature_std, read_embeddings, write_embeddings
 from slam_ags_example.encoder import PretrainingModel
-from slam_ags_example.pretrain import _batches, _steps_per_epoch, _warm_up_then_cosine, pretrain
+from slam_ags_example.objectives import OBJECTIVES, TrainingPatches
+from slam_ags_example.pretrain import (
+    _batches,
+    _rows,
+    _steps_per_epoch,
+    _warm_up_then_cosine,
+    pretrain,
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -27,12 +34,24 @@ from slam_ags_example.pretrain import _batches, _steps_per_epoch, _warm_up_then_
 def test_an_epoch_sees_every_patch_once(n_positive, n_negative, batch_size, seed):
     random = torch.Generator().manual_seed(seed)
     n_steps = _steps_per_epoch(n_positive, n_negative, batch_size)
-    positive, negative = zip(*_batches(n_positive, n_negative, n_steps, random), strict=True)
+    positive, negative = zip(*_rows(n_positive, n_negative, n_steps, random), strict=True)
     for batches, n in [(positive, n_positive), (negative, n_negative)]:
         assert sorted(torch.cat(batches).tolist()) == list(range(n))
         sizes = [len(batch) for batch in batches]
         assert max(sizes) - min(sizes) <= 1
         assert min(sizes) >= 2
+
+
+def test_each_view_keeps_the_truth_of_its_patch():
+    abnormal = torch.arange(24) % 3 == 0
+    inked = abnormal.float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    patches = TrainingPatches(inked, torch.zeros(10, 1, 8, 8), abnormal)
+    for batch in _batches(patches, 3, DigitViews(), generator(0, "views")):
+        assert batch.positive.shape == (2 * 8, 1, 8, 8)
+        assert len(batch.negative) in (2 * 3, 2 * 4)
+        assert torch.equal(batch.positive.mean(dim=(1, 2, 3)) > 0.4, batch.abnormal)
+        first, second = batch.positive.chunk(2)  # of the same patches, one after the other
+        assert torch.equal(first.mean(dim=(1, 2, 3)) > 0.4, second.mean(dim=(1, 2, 3)) > 0.4)
 
 
 def test_batches_are_as_large_as_asked_for():
@@ -100,28 +119,116 @@ def test_weights_come_from_the_generator_alone():
     )
 
 
-def test_pretraining_records_what_surgery_saw():
+def pretrain_small(config, on_epoch=lambda record: None):
+    """Pretrain on 40 patches of "positive bags", the first 4 abnormal, and 30 of negative ones."""
     images = load_patches("digits").images
     model = PretrainingModel(1, generator=generator(0, "encoder"))
+    patches = TrainingPatches(images[:40], images[40:70], torch.arange(40) < 4)
+    return model, pretrain(model, patches, images[70:100], config, on_epoch=on_epoch)
+
+
+def test_pretraining_records_what_surgery_saw():
     seen = []
-    records = pretrain(
-        model,
-        images[:40],
-        images[40:70],
-        images[70:100],
-        RunConfig(epochs=2, batch_size=32),
-        on_epoch=seen.append,
-    )
+    _, records = pretrain_small(RunConfig(epochs=2, batch_size=32), on_epoch=seen.append)
     assert seen == records
     assert [record.epoch for record in records] == [1, 2]
     for record in records:
-        assert -1 / 0.07 <= record.similarity <= 0
-        assert record.nt_xent > 0
-        assert -1 <= record.cosine <= 1
-        assert record.norm_nt_xent > 0
-        assert record.norm_similarity > 0
+        assert -1 / 0.07 <= record.losses["similarity"] <= 0
+        assert record.losses["nt_xent"] > 0
+        assert -1 <= record.conflict.cosine <= 1
+        assert record.conflict.norms["nt_xent"] > 0
+        assert record.conflict.norms["similarity"] > 0
         assert 1 <= record.effective_rank <= 30
         assert record.feature_std > 0
+
+
+def test_a_record_is_one_row_of_numbers():
+    _, (record,) = pretrain_small(RunConfig(epochs=1, batch_size=32))
+    assert list(record.row()) == [
+        "epoch",
+        "nt_xent",
+        "similarity",
+        "cosine",
+        "conflict_rate",
+        "norm_nt_xent",
+        "norm_similarity",
+        "weight_nt_xent",
+        "weight_similarity",
+        "effective_rank",
+        "feature_std",
+    ]
+    assert record.row()["weight_similarity"] == record.conflict.weights["similarity"]
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_every_method_changes_the_encoder_and_repeats_with_the_seed(method):
+    config = RunConfig(method=method, epochs=2, batch_size=32)
+    untrained = PretrainingModel(1, generator=generator(0, "encoder"))
+    (first, records), (second, again) = (pretrain_small(config) for _ in range(2))
+    assert records == again
+    start, *ends = (model.encoder.state_dict() for model in (untrained, first, second))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
+    assert not torch.equal(ends[0]["0.weight"], start["0.weight"])
+
+
+@pytest.mark.parametrize("method", ["simclr", "ws-sil", "supervised", "one-class"])
+def test_one_task_has_no_conflict(method):
+    _, records = pretrain_small(RunConfig(method=method, epochs=2, batch_size=32))
+    for record in records:
+        assert record.conflict is None
+        assert len(record.losses) == 1
+        columns = ["epoch", *record.losses, "effective_rank", "feature_std"]
+        assert list(record.row()) == columns
+        assert all(math.isfinite(value) for value in record.row().values())
+
+
+def test_weaksupcon_is_slam_ags_under_the_plain_sum():
+    settings = {"epochs": 2, "batch_size": 32}
+    _, records = pretrain_small(RunConfig(method="weaksupcon", **settings))
+    assert records == pretrain_small(RunConfig(surgery="sum", **settings))[1]
+    assert records != pretrain_small(RunConfig(surgery="ags", **settings))[1]
+    assert records[-1].conflict.weights == {"nt_xent": 1, "similarity": 1}
+
+
+def test_every_method_meets_the_same_views_in_the_same_order(monkeypatch):
+    def batches_of(method):
+        met = []
+
+        class Recording(OBJECTIVES[method]):
+            def forward(self, batch):
+                met.append(batch)
+                return super().forward(batch)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(OBJECTIVES, method, Recording)
+            pretrain_small(RunConfig(method=method, epochs=2, batch_size=32))
+        return met
+
+    reference, *others = (batches_of(method) for method in OBJECTIVES)
+    assert len(reference) == 2 * 3
+    assert sum(int(batch.abnormal.sum()) for batch in reference) == 2 * 2 * 4
+    for batches in others:
+        for one, other in zip(reference, batches, strict=True):
+            assert torch.equal(one.positive, other.positive)
+            assert torch.equal(one.negative, other.negative)
+            assert torch.equal(one.abnormal, other.abnormal)
+
+
+def test_the_untrained_encoder_is_no_method_to_pretrain_by():
+    with pytest.raises(ValueError, match=r"one of slam-ags, .*, got 'random'"):
+        pretrain_small(RunConfig(method="random"))
+
+
+def test_one_class_contracts_and_does_not_collapse():
+    # Contraction is the aim, so the spread falls; collapse would be one direction, a rank of 1.
+    start = PretrainingModel(1, generator=generator(0, "encoder"))
+    model, records = pretrain_small(RunConfig(method="one-class", epochs=40, batch_size=32))
+    assert records[-1].losses["distance"] < 0.5 * records[0].losses["distance"]
+    assert records[-1].effective_rank > 10
+    assert records[-1].feature_std > 0.01
+    for name, value in model.encoder.named_parameters():
+        if value.ndim == 1:  # batch norm's scales and shifts
+            assert torch.equal(value, start.encoder.get_parameter(name))
 
 
 def test_embeddings_come_back_by_image(tmp_path):
