@@ -9,6 +9,9 @@ from torch import Tensor
 
 __all__ = ["SurgeryReport"]
 
+# Beyond this the columns of the printed table carry numbers, so that it stays readable.
+_MOST_NAMED_COLUMNS = 6
+
 
 @dataclass(frozen=True)
 class SurgeryReport:
@@ -48,7 +51,11 @@ class SurgeryReport:
     def __str__(self) -> str:
         """A table for a person: one row per task. Reads the tensors, so it waits for the device."""
         names = list(self.names)
-        header = ["task", "norm", "weight", *(f"cos {name}" for name in names)]
+        columns = names
+        if len(names) > _MOST_NAMED_COLUMNS:
+            columns = [str(number) for number in range(1, len(names) + 1)]
+            names = [f"{number} {name}" for number, name in zip(columns, names, strict=True)]
+        header = ["task", "norm", "weight", *(f"cos {column}" for column in columns)]
         norms, weights, cosine = self.norms.tolist(), self.weights.tolist(), self.cosine.tolist()
         rows = [
             [name, f"{norm:.4g}", f"{weight:.4g}", *(f"{value:+.3f}" for value in line)]
