@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from gradsurgery import methods
+from gradsurgery import __version__, methods
 from slam_ags_example.config import METHODS, InputError, RunConfig
 from slam_ags_example.data import SOURCES
 from slam_ags_example.pretrain import TrainingFailedError
@@ -101,6 +101,7 @@ def _fail(message: str, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(prog="slam-ags", description=_DESCRIPTION, formatter_class=_Help)
+    parser.add_argument("--version", action="version", version=f"gradsurgery {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = commands.add_parser(
         "run",

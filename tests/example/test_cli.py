@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import gradsurgery
 from slam_ags_example.__main__ import main
 from slam_ags_example.evaluate import bag_metrics, cell_metrics
 from slam_ags_example.output import OUTPUT_FILES
@@ -249,3 +250,8 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(tmp_path, capsys)
     assert "lower --lr" in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_the_version_is_the_librarys(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"gradsurgery {gradsurgery.__version__}"
