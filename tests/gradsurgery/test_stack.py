@@ -424,6 +424,8 @@ def test_named_parameters_are_named_in_errors() -> None:
 # ------------------------------------------------------------------ modes of torch
 
 
+# torch 2.11 warns of itself, here and when it compiles a step.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_profiler_around_a_step() -> None:
     """The base's step shows in the profile under its own name, once."""
     model, optimizer = pair(PLAIN)
@@ -546,6 +548,7 @@ def test_backward_in_inference_mode_leaves_a_working_plugin(case: Case, steps_be
     assert_same(model.state_dict(), twin.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("case", [SGD, Case("AdamW")], ids=str)
 def test_a_compiled_step(case: Case) -> None:
     """torch.compile(optimizer.step) is what torch.compile makes of the plain step."""
