@@ -133,12 +133,12 @@ class Surgery:
         captured, together = self._choose(parameters, seen, gather=accumulate or pending)
         self._gradients.arrange(captured, len(tensors), together, keep=pending)
         earlier_reach = self._reach if pending else {}
-        reached = [earlier_reach.get(id(p), 0) for p in self._gradients.parameters]
+        targets = self._gradients.parameters
+        reached = [earlier_reach.get(id(p), 0) for p in targets]
         leaves = {id(p): p for p in captured} | {k: leaf for k, (leaf, _) in seen.leaves.items()}
         foreign = self._foreign(leaves, {id(p) for p in parameters}, hidden=bool(seen.opaque))
         leaves |= foreign
         earlier = {key: leaf.grad for key, leaf in leaves.items()}
-        targets = self._gradients.parameters
         masks = [seen.tasks_of(p) | seen.opaque for p in targets]
         retain = [retain_graph or kept for kept in seen.retain]
         watched = [
@@ -164,7 +164,7 @@ class Surgery:
             for watch in watches:
                 watch.remove()
         self._pending = names if accumulate else None
-        self._reach = dict(zip(map(id, self._gradients.parameters), reached, strict=True))
+        self._reach = dict(zip(map(id, targets), reached, strict=True))
 
     def _backward_alone(
         self, names: tuple[str, ...], loss: Tensor, *, accumulate: bool, retain: bool

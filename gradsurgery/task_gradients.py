@@ -143,8 +143,8 @@ class TaskGradients:
             width = 0
             alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
             for index in sorted(indices, key=lambda i: not together[i]):
-                length = -(-parameters[index].numel() // alignment) * alignment
                 p = parameters[index]
+                length = -(-p.numel() // alignment) * alignment
                 strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
                 slots[index] = _Slot(block, width, length, p.shape, tuple(strides))
                 width += length
@@ -179,7 +179,7 @@ class TaskGradients:
             id(p): [self._make_view(task, i) for task in tasks]
             for i, p in enumerate(self.parameters)
         }
-        self.__init__()  # type: ignore[misc]
+        self.release()
         self._allocate(parameters, count, together, key)
         for buffer in self._buffers:
             buffer.zero_()

@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["combine_into", "gram", "resolution"]
 
 # Columns of one float32 product. Short, because its float32 sum decides how accurate M is where
-# two gradients nearly cancel; long enough to amortise a call (256 to 16k measured within 1.5x).
+# two gradients nearly cancel; long enough to amortise a call.
 _GRAM_BLOCK = 512
 # Up to here everything is summed in float64, which then costs next to nothing.
 _SMALL = 1 << 16
@@ -45,7 +45,7 @@ def resolution(rows: Tensor) -> float:
     """How accurate `gram` is, relative to the product of two norms."""
     if rows.shape[1] <= _SMALL or rows.dtype == torch.float64 or not _products_are_exact(rows):
         return torch.finfo(torch.float64).eps
-    # float32 sums over a block of 512, averaged over at least 128 of them; 4e-8 at the worst.
+    # float32 sums over blocks of 512, their errors averaged over at least 128 blocks.
     return 1e-8
 
 
