@@ -1,68 +1,26 @@
-"""Bags of patches: the manifest that says which image is in which bag of which split."""
+"""Drawing bags of patches: which image goes into which bag of which split."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from slam_ags_example.config import InputError, stream_seed
+from slam_ags_example.config import InputError, one_of, stream_seed
+from slam_ags_example.manifest import SPLITS, Bag, Instance, Manifest, read_manifest
 
-__all__ = ["SPLITS", "Bag", "Instance", "Manifest", "make_manifest", "read_manifest"]
+__all__ = [
+    "MOST_BAGS",
+    "REST",
+    "SPLITS",
+    "Bag",
+    "Instance",
+    "Manifest",
+    "make_manifest",
+    "read_manifest",
+]
 
-SPLITS = ("train", "validation", "test")
+REST = "rest"  # every class that the other of --normal and --abnormal does not name
+MOST_BAGS = 1000  # unless more are asked for
 _SPLIT_SHARE = {"validation": 0.2, "test": 0.3}  # the rest trains
-_FORMAT = "slam-ags bags, version 1"
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One patch of a bag: the image's reference, its class, and whether that is abnormal."""
-
-    image: str
-    cell_class: str
-    abnormal: bool
-
-
-@dataclass(frozen=True)
-class Bag:
-    """One slide: its instances in an order that says nothing about their classes."""
-
-    name: str
-    split: str
-    positive: bool
-    instances: tuple[Instance, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A bag set: references to images, never copies, and what it was made from.
-
-    Attributes:
-        source: the ``--data`` that the references belong to.
-        seed: the seed that drew it.
-        witness_rate: share of abnormal patches that was asked for in a positive bag, in (0, 1].
-        bag_size: instances per bag.
-        abnormal: the abnormal class.
-        bags: all bags, split after split.
-    """
-
-    source: str
-    seed: int
-    witness_rate: float
-    bag_size: int
-    abnormal: str
-    bags: tuple[Bag, ...]
-
-    def split(self, name: str) -> list[Bag]:
-        """The bags of one split, in the manifest's order."""
-        return [bag for bag in self.bags if bag.split == name]
-
-    def write(self, path: Path) -> None:
-        """Write as JSON; :func:`read_manifest` reads it back equal."""
-        path.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 def make_manifest(
@@ -70,11 +28,13 @@ def make_manifest(
     classes: Sequence[str],
     *,
     source: str,
+    normal: str,
     abnormal: str,
     witness_rate: float,
     bag_size: int,
     seed: int,
     n_bags: int | None = None,
+    excluded: Collection[str] = (),
 ) -> Manifest:
     """Draw bags without replacement: half negative, half positive, one bag at most for an image.
 
@@ -85,19 +45,22 @@ def make_manifest(
         references: N image references, all different.
         classes: the class of each image, N names.
         source: the ``--data`` that the references belong to.
-        abnormal: the abnormal class; every other one is normal.
+        normal: the normal classes: a name, names with commas between, or ``"rest"`` for all that
+            ``abnormal`` does not name. Images of classes in neither are left out.
+        abnormal: the abnormal classes, likewise.
         witness_rate: in (0, 1].
         bag_size: instances per bag, n >= 1.
         seed: the same seed and images give the same manifest.
-        n_bags: how many bags, an even number from 6; None takes as many as the images allow.
+        n_bags: how many bags, an even number from 6; None takes as many as the images allow, but
+            ``MOST_BAGS`` at most.
+        excluded: references that are left out, as they cannot be read.
 
     Raises:
-        InputError: a ValueError; no such class, a witness rate that leaves a positive bag without
-            an abnormal patch, or too few images (with the counts needed and available).
+        InputError: a ValueError; no such class, a class that is both, a witness rate that leaves a
+            positive bag without an abnormal patch, or too few images (with the counts needed and
+            available).
     """
-    if abnormal not in set(classes):
-        known = ", ".join(sorted(set(classes)))
-        raise InputError(f"--abnormal must be one of the classes {known}, got {abnormal!r}")
+    flag_of = _settle_classes(sorted(set(classes)), normal, abnormal)
     n_abnormal = round(witness_rate * bag_size)
     if n_abnormal < 1:
         raise InputError(
@@ -105,64 +68,68 @@ def make_manifest(
             f"patch: raise --bag-size to {round(1 / witness_rate)} or more, or --witness-rate"
         )
     random = np.random.default_rng(stream_seed(seed, "bags"))
-    order = random.permutation(len(references)).tolist()
-    pool = {
-        flag: [
-            Instance(references[row], classes[row], flag)
-            for row in order
-            if (classes[row] == abnormal) == flag
-        ]
-        for flag in (False, True)
-    }
+    left_out = frozenset(excluded)
+    pool: dict[bool, list[int]] = {False: [], True: []}
+    for row in random.permutation(len(references)).tolist():
+        flag = flag_of.get(classes[row])
+        if flag is not None and references[row] not in left_out:
+            pool[flag].append(row)
+    n_excluded = len(left_out.intersection(references))
     per_pair = {False: 2 * bag_size - n_abnormal, True: n_abnormal}
-    n_pairs = _count_pairs(pool, per_pair, n_bags)
+    n_pairs = _count_pairs(pool, per_pair, n_bags, n_excluded)
     bags: list[Bag] = []
     for split, positive in _layout(n_pairs):
-        contents = [pool[True].pop() for _ in range(n_abnormal if positive else 0)]
-        contents += [pool[False].pop() for _ in range(bag_size - len(contents))]
-        places = random.permutation(bag_size).tolist()
-        instances = tuple(contents[place] for place in places)
-        bags.append(Bag(f"bag-{len(bags):04d}", split, positive, instances))
-    return Manifest(source, seed, witness_rate, bag_size, abnormal, tuple(bags))
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read a manifest that :meth:`Manifest.write` wrote.
-
-    Raises:
-        InputError: the file is not there or is not a manifest.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        if content.pop("format") != _FORMAT:
-            raise InputError(f"{path} is not a bag manifest of this version: make the bags again")
-        bags = tuple(
-            Bag(
-                **{
-                    **bag,
-                    "instances": tuple(Instance(**instance) for instance in bag["instances"]),
-                }
-            )
-            for bag in content.pop("bags")
+        contents = [(pool[True].pop(), True) for _ in range(n_abnormal if positive else 0)]
+        contents += [(pool[False].pop(), False) for _ in range(bag_size - len(contents))]
+        instances = tuple(
+            Instance(references[row], classes[row], flag)
+            for row, flag in (contents[place] for place in random.permutation(bag_size).tolist())
         )
-        return Manifest(**content, bags=bags)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as a bag manifest: make the bags again") from error
+        bags.append(Bag(f"bag-{len(bags):04d}", split, positive, instances))
+    return Manifest(source, seed, witness_rate, bag_size, normal, abnormal, n_excluded, tuple(bags))
+
+
+def _settle_classes(known: Sequence[str], normal: str, abnormal: str) -> dict[str, bool]:
+    """Whether a class is abnormal, for each class that goes into bags."""
+    normals, abnormals = _named("--normal", normal, known), _named("--abnormal", abnormal, known)
+    if normals is None and abnormals is None:
+        raise InputError(f"--normal and --abnormal cannot both be {REST}: name the classes of one")
+    if normals is None:
+        normals = set(known) - (abnormals or set())
+    if abnormals is None:
+        abnormals = set(known) - normals
+    if both := sorted(normals & abnormals):
+        raise InputError(f"--normal and --abnormal both name {', '.join(both)}: leave it to one")
+    for option, names in (("--normal", normals), ("--abnormal", abnormals)):
+        if not names:
+            raise InputError(f"{option} {REST} holds no class: the other option names all of them")
+    return dict.fromkeys(normals, False) | dict.fromkeys(abnormals, True)
+
+
+def _named(option: str, text: str, known: Sequence[str]) -> set[str] | None:
+    """The classes that an option names; None for the rest."""
+    names = [name.strip() for name in text.split(",")]
+    if names == [REST]:
+        return None
+    for name in names:
+        one_of(option, name, known if len(names) > 1 else [*known, REST])
+    return set(names)
 
 
 def _count_pairs(
-    pool: dict[bool, list[Instance]], per_pair: dict[bool, int], n_bags: int | None
+    pool: dict[bool, list[int]], per_pair: dict[bool, int], n_bags: int | None, n_excluded: int
 ) -> int:
     """Pairs of a negative and a positive bag: those asked for, or all that the images allow."""
-    fitting = min(len(pool[flag]) // per_pair[flag] for flag in pool if per_pair[flag])
-    n_pairs = fitting if n_bags is None else n_bags // 2
+    fitting = min(len(pool[flag]) // per_pair[flag] for flag in pool)
+    n_pairs = min(fitting, MOST_BAGS // 2) if n_bags is None else n_bags // 2
     needed_pairs = max(n_pairs, len(SPLITS))
     if needed_pairs > fitting:
         needed = {flag: needed_pairs * count for flag, count in per_pair.items()}
+        unreadable = f" ({n_excluded} cannot be read)" if n_excluded else ""
         raise InputError(
             f"too few images for {2 * needed_pairs} bags: needed {needed[False]} normal and "
-            f"{needed[True]} abnormal, available {len(pool[False])} and {len(pool[True])}; "
-            "lower --bag-size or --bags"
+            f"{needed[True]} abnormal, available {len(pool[False])} and {len(pool[True])}"
+            f"{unreadable}; lower --bag-size or --bags"
         )
     return n_pairs
 

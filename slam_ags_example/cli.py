@@ -1,8 +1,10 @@
-"""The command line: ``slam-ags run``."""
+"""The command line: ``slam-ags run``, each of its stages, and ``slam-ags study``."""
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,49 +12,24 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from gradsurgery import __version__, methods
-from slam_ags_example.config import METHODS, InputError, RunConfig
-from slam_ags_example.data import SOURCES
-from slam_ags_example.pretrain import TrainingFailedError
-from slam_ags_example.run import run
+from gradsurgery import __version__
+from slam_ags_example.config import (
+    METHODS,
+    InputError,
+    RunConfig,
+    TrainingFailedError,
+    read_settings,
+    settle,
+)
+from slam_ags_example.help import DESCRIPTION, EPILOGS, SUMMARIES
+from slam_ags_example.options import OPTIONS, STAGES, Option
+from slam_ags_example.output import read_json
+from slam_ags_example.run import run_stages, take_over
+from slam_ags_example.stages import FILES
 
 __all__ = ["main"]
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-_DESCRIPTION = """\
-Find rare abnormal cells from slide labels alone.
-
-A bag (slide) is labelled positive or negative; a positive one holds a few abnormal patches (cells),
-and nothing says which. `run` makes bags, pretrains an encoder (under gradient surgery, or by a
-baseline's method), trains a gated-attention aggregator on bags, predicts test bags, and ranks the
-cells of the positive ones.
-"""
-
-_RUN_EPILOG = """\
-Files in --output: metrics.json (the numbers), report.html (numbers, curves, top-ranked cells),
-config.json (settings and versions), bags.json (which image is in which bag), test_bags.csv and
-test_cells.csv (every prediction), pretraining.csv and mil.csv (curves), embeddings.npz and
-timing.json.
-
-Methods:
-  slam-ags    NT-Xent on patches of positive bags, similarity loss on those of negative bags, and
-              --surgery on the two gradients
-  weaksupcon  the same two losses, plain sum
-  simclr      NT-Xent on all patches, no labels
-  ws-sil      cross entropy, each patch under its bag's label
-  supervised  cross entropy under true patch labels: an upper bound
-  one-class   Deep SVDD on patches of negative bags
-  random      an untrained encoder
-
-The same --seed gives the same bags, initial weights, batches and views whatever the method, so
-methods can be compared in pairs:
-  slam-ags run --seed 0 --output runs/ags
-  slam-ags run --seed 0 --method weaksupcon --output runs/weaksupcon
-  slam-ags run --seed 0 --method random --output runs/random
-
-Exit codes: 0 done, 1 training failed, 2 wrong option or input, 130 interrupted.
-"""
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -60,10 +37,6 @@ class _OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of description and epilog, and shows defaults."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,21 +49,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 training failed, 2 wrong option or input, 130 interrupted.
     """
     try:
-        options = vars(_parser().parse_args(argv))
-        output, overwrite = options.pop("output"), options.pop("overwrite")
-        options.pop("command")
-        config = RunConfig(**options)
-        metrics = run(config, output, overwrite=overwrite)
+        given = vars(_parser().parse_args(argv))
+        command = given.pop("command")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("this version trains in one process: start it without torchrun")
+        return _study(given) if command == "study" else _run(command, given)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except TrainingFailedError as error:
         return _fail(str(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing of this run can be used", EXIT_INTERRUPTED)
-    Console().print(_table(config, metrics))
-    print(f"Report: {output / 'report.html'}")
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "interrupted: the same command with --resume goes on from here"
+        return _fail(message, EXIT_INTERRUPTED)
+
+
+def _run(command: str, given: dict[str, Any]) -> int:
+    """All stages, or one."""
+    stages = STAGES if command == "run" else (command,)
+    output, source, file = given.pop("output"), given.pop("source", None), given.pop("config")
+    overwrite, resume, cache = (given.pop(name) for name in ("overwrite", "resume", "cache"))
+    if output is None and (resume or stages[0] != STAGES[0]):
+        raise InputError(f"`slam-ags {command}` needs --output: the folder of the run")
+    if source is not None:
+        take_over(source, output, stages)
+    # A run that goes on has its settings already.
+    goes_on = resume or stages[0] != STAGES[0]
+    stored: dict[str, Any] = {}
+    if file is not None:
+        stored = read_settings(file)
+    elif goes_on and (output / "config.json").exists():
+        stored = read_settings(output / "config.json")
+    config = settle(stored, given)
+    folder = _default_folder(config) if output is None else output
+    console = Console(stderr=True, highlight=False)
+
+    def on_stage(stage: str) -> None:
+        if console.is_terminal:
+            console.print(f"{stage}: {SUMMARIES[stage]}")
+
+    run_stages(
+        stages,
+        config,
+        folder,
+        overwrite=overwrite,
+        resume=resume,
+        cache=cache,
+        on_stage=on_stage,
+    )
+    _print_outcome(stages, config, folder)
+    return EXIT_DONE
+
+
+def _study(given: dict[str, Any]) -> int:
+    """The grid of runs."""
+    from slam_ags_example.study import Study, failures, run_study, tables
+
+    output, jobs, reference = (given.pop(name) for name in ("output", "jobs", "reference"))
+    file, names = given.pop("config"), given.pop("methods")
+    rates, seeds = given.pop("witness_rates"), given.pop("seeds")
+    base = settle({} if file is None else read_settings(file), given)
+    study = Study(base, names, rates, seeds)
+    console = Console(stderr=True, highlight=False)
+
+    def on_cell(row: Any) -> None:
+        outcome = "done" if row.error is None else f"failed: {row.error}"
+        console.print(f"{row.label} wr {row.witness_rate:g} seed {row.seed}: {outcome}")
+
+    rows = run_study(study, output, jobs=jobs, reference=reference, on_cell=on_cell)
+    for table in tables(rows, study.reference(reference)):
+        Console().print(table)
+    print(f"Tables and figure: {output / 'table.md'}, {output / 'figure.png'}")
+    if failed := failures(rows):
+        return _fail("; ".join(failed), EXIT_FAILED)
     return EXIT_DONE
 
 
@@ -99,60 +131,157 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _default_folder(config: RunConfig) -> Path:
+    data = Path(config.data).name
+    rate = f"wr{config.witness_rate:g}"
+    return Path("runs", f"{data}-{rate}-{config.method}-seed{config.seed}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="slam-ags", description=_DESCRIPTION, formatter_class=_Help)
+    parser = _OneLineParser(prog="slam-ags", description=DESCRIPTION, formatter_class=_RAW)
     parser.add_argument("--version", action="version", version=f"gradsurgery {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    command = commands.add_parser(
-        "run",
-        help="all stages, from images to report",
-        description=_DESCRIPTION,
-        epilog=_RUN_EPILOG,
-        formatter_class=_Help,
-    )
-    default = {field.name: field.default for field in fields(RunConfig)}
-
-    def option(name: str, field: str, kind: type, text: str, **more: Any) -> None:
-        group = more.pop("group")
-        group.add_argument(name, dest=field, type=kind, default=default[field], help=text, **more)
-
-    command.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for the results"
-    )
-    command.add_argument(
-        "--overwrite", action="store_true", help="replace a finished run in --output"
-    )
-    bags = command.add_argument_group("data and bags")
-    option("--data", "data", str, "where patches come from", choices=SOURCES, group=bags)
-    option("--abnormal", "abnormal", str, "class to find: a digit", metavar="CLASS", group=bags)
-    text = "share of abnormal patches in a positive bag, in (0, 1]"
-    option("--witness-rate", "witness_rate", float, text, metavar="WR", group=bags)
-    option("--bag-size", "bag_size", int, "patches per bag", metavar="N", group=bags)
-    text = "number of bags, half of them positive; None: all that the images allow"
-    option("--bags", "n_bags", int, text, metavar="N", group=bags)
-    option("--seed", "seed", int, "decides bags, weights, batches, views", metavar="N", group=bags)
-
-    train = command.add_argument_group("pretraining")
-    text = "what trains the encoder; see below"
-    option("--method", "method", str, text, choices=METHODS, group=train)
-    text = "how slam-ags combines its two task gradients (sum: no surgery); None: ags"
-    option("--surgery", "surgery", str, text, choices=tuple(methods.available()), group=train)
-    option("--epochs", "epochs", int, "passes over the training patches", metavar="N", group=train)
-    text = "patches of both kinds of bag"
-    option("--batch-size", "batch_size", int, text, metavar="N", group=train)
-    option("--lr", "learning_rate", float, "AdamW's peak learning rate", metavar="X", group=train)
-    option("--weight-decay", "weight_decay", float, "AdamW's", metavar="X", group=train)
-    text = "of NT-Xent and similarity"
-    option("--temperature", "temperature", float, text, metavar="X", group=train)
-    option("--device", "device", str, "auto, cpu, cuda, cuda:1, ...", metavar="NAME", group=train)
-
-    mil = command.add_argument_group("aggregator and evaluation")
-    option("--mil-epochs", "mil_epochs", int, "passes over the bags", metavar="N", group=mil)
-    option("--mil-lr", "mil_learning_rate", float, "AdamW's rate", metavar="X", group=mil)
-    option("--mil-weight-decay", "mil_weight_decay", float, "AdamW's", metavar="X", group=mil)
-    text = "K of the top-K measures; None: a quarter of the bag, 400 at most"
-    option("--top-k", "top_k", int, text, metavar="K", group=mil)
+    for name, summary in SUMMARIES.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=DESCRIPTION if name == "run" else summary[0].upper() + summary[1:] + ".",
+            epilog=EPILOGS[name],
+            formatter_class=_RAW,
+        )
+        if name == "study":
+            _add_study_arguments(command)
+        else:
+            _add_run_arguments(command, name)
     return parser
+
+
+_RAW = argparse.RawDescriptionHelpFormatter
+
+
+def _add_run_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    text = "folder for the results"
+    if name in ("run", "bags"):
+        text += " (default: runs/ and a name made of the settings)"
+    command.add_argument("--output", type=Path, metavar="DIR", help=text)
+    if name not in ("run", "bags"):
+        command.add_argument(
+            "--from", dest="source", type=Path, metavar="DIR", help="take earlier files from here"
+        )
+    command.add_argument("--overwrite", action="store_true", help="replace results in --output")
+    command.add_argument("--resume", action="store_true", help="go on with what is in --output")
+    _add_shared_arguments(command)
+    command.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep decoded images here for other runs"
+    )
+    stages = STAGES if name == "run" else (name,)
+    for stage in (*stages, "machine"):
+        _add_settings(command, stage, [option for option in OPTIONS if option.stage == stage])
+
+
+def _add_study_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, default=Path("runs/study"), metavar="DIR")
+    command.add_argument(
+        "--methods",
+        type=_names,
+        default=list(METHODS),
+        metavar="NAMES",
+        help="with commas between (default: all)",
+    )
+    command.add_argument(
+        "--witness-rates",
+        type=_rates,
+        default=[0.1, 0.01],
+        metavar="RATES",
+        help="with commas between (default: 0.1,0.01)",
+    )
+    command.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=[0, 1, 2],
+        metavar="SEEDS",
+        help="0,3,7 or 0-4 (default: 0-2)",
+    )
+    command.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)"
+    )
+    command.add_argument(
+        "--reference", metavar="METHOD", help="what others are compared to (default: slam-ags)"
+    )
+    _add_shared_arguments(command)
+    varied = ("method", "surgery", "witness_rate", "seed")
+    for stage in (*STAGES, "machine"):
+        options = [option for option in OPTIONS if option.stage == stage]
+        _add_settings(command, stage, [o for o in options if o.field not in varied])
+
+
+def _add_shared_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON with settings, such as a run's config.json; options set on top of it",
+    )
+
+
+def _add_settings(command: argparse.ArgumentParser, stage: str, options: Sequence[Option]) -> None:
+    if not options:
+        return
+    title = "machine and preset" if stage == "machine" else f"stage {stage}"
+    group = command.add_argument_group(title)
+    default = {field.name: field.default for field in fields(RunConfig)}
+    for option in options:
+        more: dict[str, Any] = {"dest": option.field, "default": argparse.SUPPRESS}
+        if option.kind is bool:
+            group.add_argument(option.flag, action="store_true", help=option.text, **more)
+            continue
+        shown = json.dumps(default[option.field]).strip('"')
+        group.add_argument(
+            option.flag,
+            type=_or_null(option.kind) if default[option.field] is None else option.kind,
+            choices=option.choices,
+            metavar=option.metavar,
+            help=f"{option.text} (quick: {shown})",
+            **more,
+        )
+
+
+def _or_null(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        return None if text == "null" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _rates(text: str) -> list[float]:
+    return [float(name) for name in _names(text)]
+
+
+def _seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    for name in _names(text):
+        first, dash, last = name.partition("-")
+        seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    return seeds
+
+
+def _print_outcome(stages: Sequence[str], config: RunConfig, folder: Path) -> None:
+    """What a person wants to know at the end."""
+    if "pretrain" in stages:
+        timing = read_json(folder / "timing.json")
+        if "patches_per_s" in timing:
+            print(
+                f"Pretraining: {timing['patches_per_s']:.0f} patches/s, "
+                f"{100 * timing['waiting_share']:.1f}% of the time waiting for data"
+            )
+    if "evaluate" in stages:
+        Console().print(_table(config, read_json(folder / "metrics.json")))
+    print(f"{'Report' if 'report' in stages else 'Wrote'}: {folder / FILES[stages[-1]][-1]}")
 
 
 def _table(config: RunConfig, metrics: dict[str, Any]) -> Table:
@@ -161,16 +290,17 @@ def _table(config: RunConfig, metrics: dict[str, Any]) -> Table:
     how = f"{config.method} ({config.surgery})" if config.surgery else config.method
     table = Table(title=f"{how}, {config.data}, witness rate {config.witness_rate:g}")
     table.add_column("measure on test bags")
-    table.add_column("value", justify="right")
-    table.add_column("chance", justify="right")
-    for label, value, chance in [
-        (f"bag F1 ({bag['n_bags']} bags)", bag["f1"], bag["f1_chance"]),
-        ("bag AUROC", bag["auroc"], bag["auroc_chance"]),
-        ("bag balanced accuracy", bag["balanced_accuracy"], bag["balanced_accuracy_chance"]),
-        ("cell average precision", cell["average_precision"], cell["average_precision_chance"]),
-        ("cell precision at positives", cell["precision_at_positives"], cell["chance"]),
-        (f"cell recall at {top['k']}", cell["recall_at_k"], cell["recall_at_k_chance"]),
-        (f"positives in the top {top['k']}", top["positives"], top["chance"]),
+    for name in ("value", "95% interval", "chance"):
+        table.add_column(name, justify="right")
+    for label, part, name, chance in [
+        (f"bag F1 ({bag['n_bags']} bags)", bag, "f1", bag["f1_chance"]),
+        ("bag AUROC", bag, "auroc", bag["auroc_chance"]),
+        ("bag balanced accuracy", bag, "balanced_accuracy", bag["balanced_accuracy_chance"]),
+        ("cell average precision", cell, "average_precision", cell["average_precision_chance"]),
+        ("cell precision at positives", cell, "precision_at_positives", cell["chance"]),
+        (f"cell recall at {top['k']}", cell, "recall_at_k", cell["recall_at_k_chance"]),
+        (f"positives in the top {top['k']}", top, "positives", top["chance"]),
     ]:
-        table.add_row(label, f"{value:.3f}", f"{chance:.3f}")
+        low, high = part[f"{name}_interval"]
+        table.add_row(label, f"{part[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{chance:.3f}")
     return table

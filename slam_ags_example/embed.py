@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slam_ags_example.config import InputError
+from slam_ags_example.output import write_whole
 
 __all__ = [
+    "CHUNK",
     "collapse_measures",
     "effective_rank",
     "embed",
@@ -18,7 +20,7 @@ __all__ = [
     "write_embeddings",
 ]
 
-_CHUNK = 1024  # patches per forward pass
+CHUNK = 256  # patches per forward pass
 
 
 @torch.no_grad()
@@ -26,14 +28,14 @@ def embed(encoder: nn.Module, patches: Tensor) -> Tensor:
     """The encoder's output for each patch, in evaluation mode.
 
     Args:
-        encoder: maps [N, C, H, W] to [N, d].
-        patches: [N, C, H, W], N >= 1, on the encoder's device.
+        encoder: maps [N, C, h, w] to [N, d].
+        patches: [N, C, h, w], N >= 1, on the encoder's device.
 
     Returns:
         [N, d], on the same device.
     """
     encoder.eval()
-    return torch.cat([encoder(chunk) for chunk in torch.split(patches, _CHUNK)])
+    return torch.cat([encoder(chunk) for chunk in torch.split(patches, CHUNK)])
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
@@ -87,13 +89,11 @@ def write_embeddings(path: Path, embeddings: Tensor, references: list[str]) -> N
         embeddings: [N, d].
         references: the image reference of each row.
     """
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            allow_pickle=False,
-            embeddings=embeddings.cpu().numpy(),
-            images=np.array(references, dtype=np.str_),
-        )
+    arrays = {
+        "embeddings": embeddings.cpu().numpy(),
+        "images": np.array(references, dtype=np.str_),
+    }
+    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def read_embeddings(path: Path, references: list[str]) -> Tensor:

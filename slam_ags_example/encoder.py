@@ -2,43 +2,62 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
-__all__ = ["EMBEDDING_DIM", "LinearHead", "PretrainingModel", "own_stream"]
+__all__ = ["LinearHead", "PretrainingModel", "own_stream"]
 
-EMBEDDING_DIM = 128
+PROJECTION_DIM = 128  # of the small encoder's head
+_SMALL_BELOW_PX = 32  # images below this side keep their resolution in the first convolution
 
 
 class PretrainingModel(nn.Module):
-    """A small convolutional encoder and the head that the pretraining losses see.
+    """A patch encoder and the head that the pretraining losses see.
 
-    The encoder is three 3x3 convolutions (32, 64, 128 channels; the last two with stride 2), each
-    with batch norm and ReLU, and the mean over the remaining positions. The head has batch norm on
-    its hidden layer too, as SimCLR's has. The published head has none; on these small images its
-    output then collapses within a few epochs, and NT-Xent stays near the logarithm of the number
-    of views.
+    ``encoder`` is one of
+
+    - ``"small"``: 3x3 convolutions, each with batch norm and ReLU, and the mean over the remaining
+      positions. For images of 32 px and more: 24, 48, 96, 192 channels, all of stride 2. For
+      smaller ones: 32, 64, 128 channels, the last two of stride 2.
+    - ``"resnet18"``: torchvision's, randomly initialised, without its classifier: 512 features.
+
+    The head that ResNet18 gets is the published one: linear, ReLU, linear, of the encoder's width.
+    On the small encoder both linear layers are followed by batch norm, as in SimCLR's own code
+    (google-research/simclr), the last without scale and shift. Without that last one, the
+    similarity loss finds its minimum within a few epochs: one direction for every patch.
 
     Downstream stages use ``encoder`` alone; ``forward`` is head(encoder(x)).
+
+    Args:
+        in_channels: 1 or 3.
+        image_px: side of the images, which decides the small encoder's strides.
+        encoder: ``"small"`` or ``"resnet18"``.
+        generator: where all weights come from, on the CPU.
+
+    Attributes:
+        embedding_dim: width of the encoder's output.
+        norm_in_head: whether the head has batch norm.
     """
 
-    def __init__(self, in_channels: int, *, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        image_px: int,
+        *,
+        encoder: str = "small",
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
+        self.norm_in_head = encoder == "small"
         with own_stream(self, generator):
-            self.encoder = nn.Sequential(
-                *_block(in_channels, 32, stride=1),
-                *_block(32, 64, stride=2),
-                *_block(64, EMBEDDING_DIM, stride=2),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-            )
-            self.head = nn.Sequential(
-                nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM, bias=False),
-                nn.BatchNorm1d(EMBEDDING_DIM),
-                nn.ReLU(),
-                nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM),
-            )
+            if encoder == "resnet18":
+                self.encoder, self.embedding_dim = _resnet18(in_channels)
+            else:
+                self.encoder, self.embedding_dim = _small(in_channels, image_px)
+            self.head = _head(self.embedding_dim, with_norm=self.norm_in_head)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Projections [N, d] of patches [N, C, H, W]."""
@@ -49,13 +68,13 @@ class PretrainingModel(nn.Module):
 class LinearHead(nn.Module):
     """One logit a patch, linear in the encoder's output: what a patch label is predicted with."""
 
-    def __init__(self, *, generator: torch.Generator) -> None:
+    def __init__(self, embedding_dim: int, *, generator: torch.Generator) -> None:
         super().__init__()
         with own_stream(self, generator):
-            self.linear = nn.Linear(EMBEDDING_DIM, 1)
+            self.linear = nn.Linear(embedding_dim, 1)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Logits [N] of embeddings [N, EMBEDDING_DIM]."""
+        """Logits [N] of embeddings [N, embedding_dim]."""
         logits: Tensor = self.linear(embeddings).squeeze(1)
         return logits
 
@@ -77,9 +96,36 @@ def own_stream(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
                 nn.init.zeros_(part.bias)
 
 
-def _block(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
+def _small(in_channels: int, image_px: int) -> tuple[nn.Module, int]:
+    tiny = image_px < _SMALL_BELOW_PX
+    widths = [in_channels, 32, 64, 128] if tiny else [in_channels, 24, 48, 96, 192]
+    strides = [1, 2, 2] if tiny else [2, 2, 2, 2]
+    layers: list[nn.Module] = []
+    for (inner, outer), stride in zip(pairwise(widths), strides, strict=True):
+        layers += [
+            nn.Conv2d(inner, outer, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outer),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
+
+
+def _head(dim: int, *, with_norm: bool) -> nn.Module:
+    if not with_norm:
+        return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+    return nn.Sequential(
+        nn.Linear(dim, dim, bias=False),
+        nn.BatchNorm1d(dim),
         nn.ReLU(),
-    ]
+        nn.Linear(dim, PROJECTION_DIM, bias=False),
+        nn.BatchNorm1d(PROJECTION_DIM, affine=False),
+    )
+
+
+def _resnet18(in_channels: int) -> tuple[nn.Module, int]:
+    network = resnet18(weights=None)
+    if in_channels != 3:
+        network.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+    dim = network.fc.in_features
+    network.fc = nn.Identity()
+    return network, dim

@@ -1,7 +1,8 @@
-"""Bag-level and cell-level measures, each beside its chance level."""
+"""Bag-level and cell-level measures, each beside its 95% interval and its chance level."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,17 +13,24 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from slam_ags_example.config import stream_seed
+
 __all__ = [
+    "DECISION_THRESHOLD",
     "BagPrediction",
     "CellMetrics",
     "bag_metrics",
     "cell_metrics",
     "expected_average_precision",
+    "per_bag_rows",
+    "per_cell_rows",
     "rank_cells",
     "summarise",
 ]
 
 DECISION_THRESHOLD = 0.5
+N_RESAMPLES = 5000  # an interval's end is then off by a hundredth of the width (standard error)
+_INTERVAL = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class BagPrediction:
         positive: the bag's label.
         probability: of the bag being positive, in [0, 1].
         images: the reference of each instance.
-        attention: one weight an instance, summing to 1.
+        scores: by which the instances are ranked, one each, the higher the more suspicious:
+            attention, or the instance's own logit where the model pools without attention.
         abnormal: the truth about each instance.
     """
 
@@ -42,13 +51,13 @@ class BagPrediction:
     positive: bool
     probability: float
     images: tuple[str, ...]
-    attention: tuple[float, ...]
+    scores: tuple[float, ...]
     abnormal: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class CellMetrics:
-    """How well attention ranks the cells of one positive bag; ``*_chance``: a random ranking's.
+    """How well the scores rank the cells of one positive bag; ``*_chance``: a random ranking's.
 
     Attributes:
         average_precision: in (0, 1].
@@ -73,9 +82,9 @@ class CellMetrics:
     recall_at_k_chance: float
 
 
-def rank_cells(attention: ArrayLike) -> NDArray[np.int64]:
-    """Instances by falling attention, [n]; ties keep the bag's order, which is random."""
-    return np.argsort(-np.asarray(attention, dtype=np.float64), kind="stable")
+def rank_cells(scores: ArrayLike) -> NDArray[np.int64]:
+    """Instances by falling score, [n]; ties keep the bag's order, which is random."""
+    return np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
 
 
 def expected_average_precision(n: int, n_positive: int) -> float:
@@ -98,11 +107,11 @@ def expected_average_precision(n: int, n_positive: int) -> float:
     return float(((1 + before) / rank).mean())
 
 
-def cell_metrics(attention: ArrayLike, abnormal: ArrayLike, k: int) -> CellMetrics:
+def cell_metrics(scores: ArrayLike, abnormal: ArrayLike, k: int) -> CellMetrics:
     """Measure the ranking of one positive bag.
 
     Args:
-        attention: [n] weights, the higher the more suspicious.
+        scores: [n], the higher the more suspicious.
         abnormal: [n] booleans, at least one true.
         k: K >= 1; a smaller bag is taken whole.
 
@@ -111,16 +120,16 @@ def cell_metrics(attention: ArrayLike, abnormal: ArrayLike, k: int) -> CellMetri
     """
     truth = np.asarray(abnormal, dtype=bool)
     n, n_positive = len(truth), int(truth.sum())
-    if n_positive < 1 or k < 1 or np.shape(attention) != truth.shape:
+    if n_positive < 1 or k < 1 or np.shape(scores) != truth.shape:
         raise ValueError(
-            "attention and abnormal must have one length, with an abnormal cell, and k >= 1; got "
-            f"shapes {np.shape(attention)} and {truth.shape}, {n_positive} abnormal, k = {k}"
+            "scores and abnormal must have one length, with an abnormal cell, and k >= 1; got "
+            f"shapes {np.shape(scores)} and {truth.shape}, {n_positive} abnormal, k = {k}"
         )
     k = min(k, n)
-    ranked = truth[rank_cells(attention)]
+    ranked = truth[rank_cells(scores)]
     positives_at_k = int(ranked[:k].sum())
     return CellMetrics(
-        average_precision=float(average_precision_score(truth, attention)),
+        average_precision=float(average_precision_score(truth, scores)),
         average_precision_chance=expected_average_precision(n, n_positive),
         precision_at_positives=float(ranked[:n_positive].mean()),
         prevalence=n_positive / n,
@@ -162,37 +171,129 @@ def _bag_chance(positive_share: float) -> dict[str, float]:
     return {"f1_chance": all_positive, "auroc_chance": 0.5, "balanced_accuracy_chance": 0.5}
 
 
-def summarise(predictions: Sequence[BagPrediction], k: int) -> dict[str, dict[str, object]]:
+def summarise(
+    predictions: Sequence[BagPrediction], k: int, *, seed: int, n_resamples: int = N_RESAMPLES
+) -> dict[str, dict[str, Any]]:
     """The ``bag`` and ``cell`` parts of metrics.json; cell measures are means over positive bags.
+
+    Beside each measure ``x`` stands ``x_interval``, its 95% percentile bootstrap interval: test
+    bags are drawn again with replacement, as many of either label as there are. It holds the
+    chance of which bags were tested, not that of training; with few bags it is too narrow, and
+    where every bag is right it has no width at all.
 
     Args:
         predictions: of all bags of a split, both labels.
         k: K of the retrieval measures.
+        seed: the run's; the resamples have a stream of their own.
+        n_resamples: bootstrap resamples.
+
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
-    cells = [cell_metrics(p.attention, p.abnormal, k) for p in predictions if p.positive]
+    random = np.random.default_rng(stream_seed(seed, "intervals"))
+    labels = [prediction.positive for prediction in predictions]
+    probabilities = [prediction.probability for prediction in predictions]
+    measures = bag_metrics(labels, probabilities)  # first, as it refuses bags of one kind
+    drawn = {
+        label: random.multinomial(count, np.full(count, 1 / count), size=n_resamples)
+        for label, count in [(True, labels.count(True)), (False, labels.count(False))]
+    }
+    intervals = _bag_intervals(np.array(labels), np.array(probabilities), drawn)
+    cells = [cell_metrics(bag.scores, bag.abnormal, k) for bag in predictions if bag.positive]
+    return {
+        "bag": {**measures, **intervals, "n_resamples": n_resamples},
+        "cell": {**_summarise_cells(cells, drawn[True]), "n_resamples": n_resamples},
+    }
+
+
+def _bag_intervals(
+    labels: NDArray[np.bool_],
+    probabilities: NDArray[np.float64],
+    drawn: dict[bool, NDArray[np.int64]],
+) -> dict[str, list[float]]:
+    """Intervals of the bag measures; ``drawn``: how often each bag of a label is in a resample."""
+    positive, negative = probabilities[labels], probabilities[~labels]
+    n_positive, n_negative = len(positive), len(negative)
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    auroc = ((drawn[True] @ wins) * drawn[False]).sum(axis=1) / (n_positive * n_negative)
+    true_positive = drawn[True] @ (positive >= DECISION_THRESHOLD)
+    false_positive = drawn[False] @ (negative >= DECISION_THRESHOLD)
+    sensitivity, specificity = true_positive / n_positive, 1 - false_positive / n_negative
+    return {
+        "f1_interval": _interval(2 * true_positive / (true_positive + false_positive + n_positive)),
+        "auroc_interval": _interval(auroc),
+        "balanced_accuracy_interval": _interval((sensitivity + specificity) / 2),
+    }
+
+
+def _summarise_cells(cells: Sequence[CellMetrics], drawn: NDArray[np.int64]) -> dict[str, Any]:
+    """Means over bags, and intervals; ``drawn``: how often each bag is in a resample."""
 
     def mean(field: str) -> float:
         return float(np.mean([getattr(cell, field) for cell in cells]))
 
+    def measure(field: str, name: str) -> dict[str, Any]:
+        values = np.array([getattr(cell, field) for cell in cells], dtype=np.float64)
+        # Not @: how BLAS adds up, and so the last bit, may depend on the number of threads.
+        resampled = np.einsum("rb,b->r", drawn, values) / len(cells)
+        return {name: mean(field), f"{name}_interval": _interval(resampled)}
+
     return {
-        "bag": dict(bag_metrics([p.positive for p in predictions], _probabilities(predictions))),
-        "cell": {
-            "average_precision": mean("average_precision"),
-            "chance": mean("prevalence"),
-            "average_precision_chance": mean("average_precision_chance"),
-            "precision_at_positives": mean("precision_at_positives"),
-            "precision_at_positives_chance": mean("prevalence"),
-            "recall_at_k": mean("recall_at_k"),
-            "recall_at_k_chance": mean("recall_at_k_chance"),
-            "top_k": {
-                "k": max(cell.k for cell in cells),
-                "positives": mean("positives_at_k"),
-                "chance": mean("positives_at_k_chance"),
-            },
-            "n_bags": len(cells),
+        **measure("average_precision", "average_precision"),
+        "chance": mean("prevalence"),
+        "average_precision_chance": mean("average_precision_chance"),
+        **measure("precision_at_positives", "precision_at_positives"),
+        "precision_at_positives_chance": mean("prevalence"),
+        **measure("recall_at_k", "recall_at_k"),
+        "recall_at_k_chance": mean("recall_at_k_chance"),
+        "top_k": {
+            "k": max(cell.k for cell in cells),
+            **measure("positives_at_k", "positives"),
+            "chance": mean("positives_at_k_chance"),
         },
+        "n_bags": len(cells),
     }
 
 
-def _probabilities(predictions: Sequence[BagPrediction]) -> list[float]:
-    return [prediction.probability for prediction in predictions]
+def _interval(resampled: NDArray[np.float64]) -> list[float]:
+    low, high = np.quantile(resampled, _INTERVAL)
+    return [float(low), float(high)]
+
+
+def per_bag_rows(predictions: Sequence[BagPrediction], k: int) -> list[dict[str, Any]]:
+    """The rows of test_bags.csv; every number of ``summarise`` follows from them.
+
+    Args:
+        predictions: of bags of any label.
+        k: K of the retrieval measures.
+
+    Returns:
+        One row a bag: its name, label and probability, the number of its cells and of the abnormal
+        ones, and the fields of :class:`CellMetrics`, all None for a negative bag.
+    """
+    nothing = dict.fromkeys(field.name for field in fields(CellMetrics))
+    return [
+        {
+            "bag": bag.bag,
+            "positive": int(bag.positive),
+            "probability": bag.probability,
+            "n_cells": len(bag.images),
+            "n_abnormal": sum(bag.abnormal),
+            **(asdict(cell_metrics(bag.scores, bag.abnormal, k)) if bag.positive else nothing),
+        }
+        for bag in predictions
+    ]
+
+
+def per_cell_rows(predictions: Sequence[BagPrediction]) -> list[dict[str, Any]]:
+    """The rows of test_cells.csv: the cells of each bag by rank, from 1, with score and truth."""
+    return [
+        {
+            "bag": bag.bag,
+            "rank": rank,
+            "image": bag.images[row],
+            "score": bag.scores[row],
+            "abnormal": int(bag.abnormal[row]),
+        }
+        for bag in predictions
+        for rank, row in enumerate(rank_cells(bag.scores), start=1)
+    ]

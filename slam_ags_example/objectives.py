@@ -24,7 +24,7 @@ __all__ = [
     "SimCLR",
     "SlamAGS",
     "Supervised",
-    "TrainingPatches",
+    "TrainingFacts",
     "WeakSupCon",
     "hypersphere_centre",
 ]
@@ -34,18 +34,18 @@ _CENTRE_CHUNK = 256  # patches per forward pass
 
 
 @dataclass(frozen=True)
-class TrainingPatches:
-    """The patches of the training bags.
+class TrainingFacts:
+    """What an objective may know of the training bags before the first step.
 
     Attributes:
-        positive: [P, C, H, W], patches of positive bags (normal and abnormal).
-        negative: [Q, C, H, W], patches of negative bags.
-        abnormal: [P] booleans, the truth about ``positive``; the supervised bound alone reads it.
+        positive_share: share of the training patches that come from positive bags.
+        abnormal_share: share that is abnormal: the truth, which the supervised bound alone reads.
+        negatives: [Q, C, h, w], views without chance of some patches of negative bags.
     """
 
-    positive: Tensor
-    negative: Tensor
-    abnormal: Tensor
+    positive_share: float
+    abnormal_share: float
+    negatives: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,25 @@ class Objective(nn.Module):
 
     Attributes:
         surgery: how ``gradsurgery`` combines the gradients of the method's losses.
+        centre_negatives: whether the first view of a patch of a negative bag is the one without
+            chance, where the views have such a one.
     """
 
     surgery = "sum"
+    centre_negatives = False
 
-    def __init__(
-        self, model: PretrainingModel, patches: TrainingPatches, config: RunConfig
-    ) -> None:
+    def __init__(self, model: PretrainingModel, facts: TrainingFacts, config: RunConfig) -> None:
         super().__init__()
         self.temperature = config.temperature
+        self.precision: torch.dtype = getattr(torch, config.precision)
+
+    def encode(self, module: nn.Module, views: Tensor) -> Tensor:
+        """``module(views)`` in the configured precision, as float32, which losses need."""
+        views = views.contiguous(memory_format=torch.channels_last)
+        half = self.precision != torch.float32
+        with torch.autocast(views.device.type, self.precision if half else None, enabled=half):
+            encoded: Tensor = module(views)
+        return encoded.float()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses by task name, each a 0-dim tensor with a graph."""
@@ -96,24 +106,34 @@ class WeakSupCon(Objective):
     Patches of negative bags are all normal, so they may be drawn together; those of positive bags
     are told apart one from another, because their own labels are not known.
 
-    Source: WeakSupCon (arXiv 2503.04165). Deviations: both views of a negative patch are random
-    (a centre crop has no counterpart in an image of 8x8), and the head has batch norm (see
-    :class:`~slam_ags_example.encoder.PretrainingModel`). Each task is a forward pass of its own,
-    so that batch norm does not mix the two and the task graphs are disjoint.
+    Each task is a forward pass of its own, so the task graphs are disjoint and two backward passes
+    cost what one does. Where the head has batch norm, one pass takes the patches of both: apart,
+    batch norm would bring the mean projection of the negative patches to zero, and they could not
+    be drawn together away from what is abnormal. The graphs are then one, and a step costs more.
+
+    Source: WeakSupCon (arXiv 2503.04165). As its authors do, one view of a negative patch is the
+    centre crop. Deviations: for digits, whose 8x8 pixels leave nothing to crop, both views are
+    random; the small encoder's head (see :class:`~slam_ags_example.encoder.PretrainingModel`).
     """
 
-    def __init__(
-        self, model: PretrainingModel, patches: TrainingPatches, config: RunConfig
-    ) -> None:
-        super().__init__(model, patches, config)
+    centre_negatives = True
+
+    def __init__(self, model: PretrainingModel, facts: TrainingFacts, config: RunConfig) -> None:
+        super().__init__(model, facts, config)
         self.model = model
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses ``nt_xent`` and ``similarity``."""
-        a, b = self.model(batch.positive).chunk(2)
-        nt_xent = nt_xent_loss(a, b, self.temperature)
-        a, b = self.model(batch.negative).chunk(2)
-        return {"nt_xent": nt_xent, "similarity": similarity_loss(a, b, self.temperature)}
+        if self.model.norm_in_head:
+            both = self.encode(self.model, torch.cat([batch.positive, batch.negative]))
+            positive, negative = both.tensor_split([len(batch.positive)])
+        else:
+            positive = self.encode(self.model, batch.positive)
+            negative = self.encode(self.model, batch.negative)
+        return {
+            "nt_xent": nt_xent_loss(*positive.chunk(2), self.temperature),
+            "similarity": similarity_loss(*negative.chunk(2), self.temperature),
+        }
 
 
 class SlamAGS(WeakSupCon):
@@ -125,10 +145,8 @@ class SlamAGS(WeakSupCon):
     Source: SLAM-AGS (arXiv 2511.14639). Deviations: as in :class:`WeakSupCon`.
     """
 
-    def __init__(
-        self, model: PretrainingModel, patches: TrainingPatches, config: RunConfig
-    ) -> None:
-        super().__init__(model, patches, config)
+    def __init__(self, model: PretrainingModel, facts: TrainingFacts, config: RunConfig) -> None:
+        super().__init__(model, facts, config)
         assert config.surgery is not None  # RunConfig settles it for this method
         self.surgery = config.surgery
 
@@ -142,16 +160,15 @@ class SimCLR(Objective):
     and the temperature that the other methods have.
     """
 
-    def __init__(
-        self, model: PretrainingModel, patches: TrainingPatches, config: RunConfig
-    ) -> None:
-        super().__init__(model, patches, config)
+    def __init__(self, model: PretrainingModel, facts: TrainingFacts, config: RunConfig) -> None:
+        super().__init__(model, facts, config)
         self.model = model
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss ``nt_xent``."""
         both = zip(batch.positive.chunk(2), batch.negative.chunk(2), strict=True)
-        a, b = self.model(torch.cat([view for pair in both for view in pair])).chunk(2)
+        views = torch.cat([view for pair in both for view in pair])
+        a, b = self.encode(self.model, views).chunk(2)
         return {"nt_xent": nt_xent_loss(a, b, self.temperature)}
 
 
@@ -171,19 +188,18 @@ class WSSIL(Objective):
     batch norm's statistics would give the label away.
     """
 
-    def __init__(
-        self, model: PretrainingModel, patches: TrainingPatches, config: RunConfig
-    ) -> None:
-        super().__init__(model, patches, config)
+    def __init__(self, model: PretrainingModel, facts: TrainingFacts, config: RunConfig) -> None:
+        super().__init__(model, facts, config)
         self.encoder = model.encoder
-        self.classifier = LinearHead(generator=generator(config.seed, "classifier"))
-        self.classifier.to(patches.positive.device)
-        n_positive, n_negative = len(patches.positive), len(patches.negative)
-        self.positive_share = n_positive / (n_positive + n_negative)
+        random = generator(config.seed, "classifier")
+        self.classifier = LinearHead(model.embedding_dim, generator=random)
+        self.classifier.to(facts.negatives.device)
+        self.positive_share = facts.positive_share
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss ``cross_entropy``."""
-        logits = self.classifier(self.encoder(torch.cat([batch.positive, batch.negative])))
+        views = torch.cat([batch.positive, batch.negative])
+        logits = self.classifier(self.encode(self.encoder, views))
         labels = torch.cat([self.positive_labels(batch), _false(batch.negative)])
         return {"cross_entropy": cross_entropy_loss(logits, labels, self.positive_share)}
 
@@ -206,12 +222,9 @@ class Supervised(WSSIL):
     method's own linear head.
     """
 
-    def __init__(
-        self, model: PretrainingModel, patches: TrainingPatches, config: RunConfig
-    ) -> None:
-        super().__init__(model, patches, config)
-        n_patches = len(patches.positive) + len(patches.negative)
-        self.positive_share = int(patches.abnormal.sum()) / n_patches
+    def __init__(self, model: PretrainingModel, facts: TrainingFacts, config: RunConfig) -> None:
+        super().__init__(model, facts, config)
+        self.positive_share = facts.abnormal_share
 
     def positive_labels(self, batch: Batch) -> Tensor:
         """The truth about each view of a patch of a positive bag, [2p] booleans."""
@@ -241,19 +254,19 @@ class OneClass(Objective):
 
     centre: Tensor
 
-    def __init__(
-        self, model: PretrainingModel, patches: TrainingPatches, config: RunConfig
-    ) -> None:
-        super().__init__(model, patches, config)
+    def __init__(self, model: PretrainingModel, facts: TrainingFacts, config: RunConfig) -> None:
+        super().__init__(model, facts, config)
         self.encoder = model.encoder
         for part in self.encoder.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.requires_grad_(False)
-        self.register_buffer("centre", hypersphere_centre(self.encoder, patches.negative))
+        self.register_buffer("centre", hypersphere_centre(self.encoder, facts.negatives))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss ``distance``."""
-        return {"distance": hypersphere_loss(self.encoder(batch.negative), self.centre)}
+        return {
+            "distance": hypersphere_loss(self.encode(self.encoder, batch.negative), self.centre)
+        }
 
 
 @torch.no_grad()

@@ -1,83 +1,57 @@
-"""The files of a run: which there are, and how each kind is written."""
+"""How the files of a run are written: whole or not at all, whatever happens meanwhile."""
 
 import csv
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from slam_ags_example.config import InputError
-from slam_ags_example.evaluate import BagPrediction, rank_cells
-
-__all__ = ["OUTPUT_FILES", "prepare_output", "write_csv", "write_json", "write_predictions"]
-
-# metrics.json is written last: where it is, the run was finished.
-OUTPUT_FILES = (
-    "metrics.json",
-    "config.json",
-    "bags.json",
-    "pretraining.csv",
-    "embeddings.npz",
-    "mil.csv",
-    "test_bags.csv",
-    "test_cells.csv",
-    "timing.json",
-    "report.html",
-)
+__all__ = ["read_csv", "read_json", "write_csv", "write_json", "write_whole"]
 
 
-def prepare_output(output: Path, overwrite: bool) -> None:
-    """Make the folder, and remove what an earlier run left there under our names.
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, put it on the disk, and rename it.
 
-    Raises:
-        InputError: it is no folder, cannot be written, or holds a finished run that stays.
+    Who reads ``path`` finds the old content or the new one, and no part of either.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file: name a folder")
-    if (output / "metrics.json").exists() and not overwrite:
-        raise InputError(
-            f"--output {output} holds a finished run: pass --overwrite to replace it, "
-            "or name another folder"
-        )
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name in OUTPUT_FILES:
-            (output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written: {error.strerror}") from error
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def write_predictions(output: Path, predictions: Sequence[BagPrediction]) -> None:
-    """One row a bag and one row a cell: every number of metrics.json follows from them."""
-    bags, cells = [], []
-    for bag in predictions:
-        bags.append({"bag": bag.bag, "positive": int(bag.positive), "probability": bag.probability})
-        for rank, row in enumerate(rank_cells(bag.attention), start=1):
-            cells.append(
-                {
-                    "bag": bag.bag,
-                    "rank": rank,
-                    "image": bag.images[row],
-                    "attention": bag.attention[row],
-                    "abnormal": int(bag.abnormal[row]),
-                }
-            )
-    write_csv(output / "test_bags.csv", bags)
-    write_csv(output / "test_cells.csv", cells)
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows under the names of the first; an empty file where there are none."""
-    with path.open("w", newline="") as file:
-        if rows:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    text = io.StringIO(newline="")
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write to a file beside it and rename, so that the file is there whole or not at all."""
-    beside = path.with_suffix(".json.partial")
-    beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(beside, path)
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that :func:`write_csv` wrote."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object; NaN and infinity, which JSON has not, are refused by ValueError."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that :func:`write_json` wrote; empty where there is no file."""
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

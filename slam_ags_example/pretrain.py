@@ -1,220 +1,289 @@
 """Pretraining: one loop for every method, through the two lines of gradsurgery."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from gradsurgery import AdaptiveGradientSurgery, SurgeryReport
-from slam_ags_example.augment import DigitViews
-from slam_ags_example.config import RunConfig, generator
+from gradsurgery import AdaptiveGradientSurgery
+from slam_ags_example.augment import Views
+from slam_ags_example.checkpoint import Checkpoints
+from slam_ags_example.config import RunConfig, TrainingFailedError, generator
+from slam_ags_example.data import ImageSet, batches
 from slam_ags_example.embed import collapse_measures, embed
 from slam_ags_example.encoder import PretrainingModel
-from slam_ags_example.objectives import OBJECTIVES, Batch, TrainingPatches
+from slam_ags_example.history import EpochRecord, Throughput, name_means, observe
+from slam_ags_example.objectives import OBJECTIVES, Batch, Objective, TrainingFacts
+from slam_ags_example.training_state import TrainingState
 
-__all__ = ["Conflict", "EpochRecord", "TrainingFailedError", "pretrain"]
+__all__ = ["TrainingSet", "pretrain"]
 
-WARM_UP_SHARE = 1 / 15  # of the steps: 10 epochs of 150, as published
-
-
-class TrainingFailedError(RuntimeError):
-    """Training cannot go on; the message is one line that says what to try."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conflict:
-    """What surgery saw of two tasks, as means over the steps of one epoch.
-
-    Attributes:
-        cosine: cosine between the two task gradients.
-        rate: share of steps on which that cosine was negative, in [0, 1].
-        norms: norm of each task's gradient, by the task's name.
-        weights: weight that surgery gave each task, by the task's name.
-    """
-
-    cosine: float
-    rate: float
-    norms: dict[str, float]
-    weights: dict[str, float]
+CHECKPOINT_EVERY_S = 300.0  # within an epoch; the end of each epoch is a checkpoint as well
+_MOST_SAMPLED = 1024  # patches of negative bags that an objective may look at beforehand
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """Means over the steps of one epoch, and the state of the embedding after it.
+@dataclass(frozen=True)
+class TrainingSet:
+    """The patches that pretraining works with, as rows of one image set.
 
     Attributes:
-        epoch: from 1.
-        losses: each task's loss, by the task's name.
-        conflict: between the two tasks; None for a method with one.
-        effective_rank: of the embeddings of held-out patches; 1 is collapse, d is the most.
-        feature_std: spread of their directions; 0 is collapse, 1 is all directions alike.
+        images: the images of all bags.
+        positive: [P], int64, rows of the patches of positive training bags.
+        negative: [Q], int64, rows of those of negative training bags.
+        held_out_positive: [R], rows of patches of positive validation bags, R >= 2.
+        held_out_negative: [S], rows of patches of negative validation bags, S >= 2.
+        abnormal: booleans, the truth about every row of ``images``; what the supervised bound
+            trains on, and no other method reads.
     """
 
-    epoch: int
-    losses: dict[str, float]
-    conflict: Conflict | None
-    effective_rank: float
-    feature_std: float
-
-    def row(self) -> dict[str, float]:
-        """One level of named numbers, as pretraining.csv has them."""
-        row: dict[str, float] = {"epoch": self.epoch, **self.losses}
-        if self.conflict is not None:
-            row |= {"cosine": self.conflict.cosine, "conflict_rate": self.conflict.rate}
-            row |= {f"norm_{task}": norm for task, norm in self.conflict.norms.items()}
-            row |= {f"weight_{task}": weight for task, weight in self.conflict.weights.items()}
-        return row | {"effective_rank": self.effective_rank, "feature_std": self.feature_std}
+    images: ImageSet
+    positive: Tensor
+    negative: Tensor
+    held_out_positive: Tensor
+    held_out_negative: Tensor
+    abnormal: Tensor
 
 
 def pretrain(
     model: PretrainingModel,
-    patches: TrainingPatches,
-    held_out: Tensor,
+    patches: TrainingSet,
+    views: Views,
     config: RunConfig,
+    checkpoints: Checkpoints,
     *,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
-) -> list[EpochRecord]:
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> tuple[list[EpochRecord], Throughput]:
     """Train ``model`` in place by ``config.method``.
 
     Batches, views, optimizer and schedule do not depend on the method: with one seed, each method
-    meets the same views of the same patches in the same order, every patch once an epoch.
+    meets the same views of the same patches in the same order, every patch once an epoch. Nothing
+    is drawn from a running stream: the order of an epoch and the views of a step follow from the
+    seed and the step's number, so going on from a checkpoint gives the same bits (on the CPU, with
+    the same number of threads).
 
     Args:
-        model: on the device of the patches.
-        patches: of the training bags.
-        held_out: [R, C, H, W], patches of other bags, for the collapse measures only.
-        config: method, surgery, epochs, batch size, learning rate, weight decay, temperature, seed.
-        on_epoch: called after each epoch.
+        model: on the device to train on.
+        patches: of the training and validation bags.
+        views: what turns patches into the encoder's input.
+        config: the settings of pretraining, and the seed.
+        checkpoints: where the state goes, and comes from in a resumed run.
+        on_epoch: called after each epoch, and for each epoch that a checkpoint brought.
+        stop_asked: asked after each step; True ends the run after a checkpoint.
 
     Returns:
-        One record an epoch.
+        One record an epoch, and how fast it went.
 
     Raises:
-        TrainingFailedError: a loss is no longer finite.
+        InputError: the checkpoint is of another run.
+        TrainingFailedError: a pretraining loss is no longer finite.
         ValueError: the method is none that trains.
+        KeyboardInterrupt: ``stop_asked`` said so; the checkpoint is written.
     """
     if config.method not in OBJECTIVES:
         raise ValueError(f"method must be one of {', '.join(OBJECTIVES)}, got {config.method!r}")
-    objective = OBJECTIVES[config.method](model, patches, config)
-    random = generator(config.seed, "pretraining", patches.positive.device)
-    view = DigitViews()
-    optimizer = AdaptiveGradientSurgery(
-        torch.optim.AdamW(
-            [parameter for parameter in objective.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-        ),
-        method=objective.surgery,
+    device = next(model.parameters()).device
+    objective = OBJECTIVES[config.method](model, _facts(patches, views, device), config)
+    optimizer = AdaptiveGradientSurgery(_base_optimizer(objective, config), objective.surgery)
+    n_steps = _steps_per_epoch(
+        len(patches.positive), len(patches.negative), config.batch_size, config.micro_batches
     )
-    n_steps = _steps_per_epoch(len(patches.positive), len(patches.negative), config.batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _warm_up_then_cosine(config.epochs * n_steps)
+        optimizer, _warm_up_then_cosine(config.epochs * n_steps, config.warm_up)
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    state = TrainingState(
+        {
+            "model": model,
+            "objective": objective,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "scaler": scaler,
+        }
+    )
+    if (stored := checkpoints.restore()) is not None:
+        state.load(stored, device)
+        for record in state.records:
+            on_epoch(record)
 
-    records: list[EpochRecord] = []
-    for epoch in range(1, config.epochs + 1):
+    saved_s = perf_counter()
+    for epoch in range(len(state.records) + 1, config.epochs + 1):
         objective.train()
-        seen: list[Tensor] = []  # per step, on the device: read once, at the end of the epoch
-        for batch in _batches(patches, n_steps, view, random):
-            losses = objective(batch)
+        parts = _parts(patches, n_steps, config.micro_batches, config.seed, epoch)
+        parts = parts[state.step * config.micro_batches :]
+        rows = [torch.cat([part.positive, part.negative]) for part in parts]
+        loaded = batches(patches.images, rows, device=device, workers=config.workers)
+        for part, images in zip(parts, state.throughput.watch(loaded), strict=True):
+            losses = objective(_batch(part, images, patches, views, objective, config.seed))
 
-            optimizer.zero_grad()
-            optimizer.backward(losses)
-            optimizer.step()
+            scaled = {name: scaler.scale(loss * part.share) for name, loss in losses.items()}
+            optimizer.backward(scaled, accumulate=not part.ends_step)
+            state.throughput.patches += len(images)
+            if not part.ends_step:
+                continue
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step()
+            optimizer.zero_grad()
 
-            values = torch.stack([loss.detach() for loss in losses.values()])
-            seen.append(torch.cat([values, *_observe(optimizer.last)]))
-        means = torch.stack(seen).mean(dim=0).tolist()
-        embeddings = embed(model.encoder, held_out)
-        if not (
-            all(map(math.isfinite, means[: len(losses)])) and bool(embeddings.isfinite().all())
-        ):
-            raise TrainingFailedError(
-                f"a pretraining loss or embedding is not finite at epoch {epoch}: lower --lr "
-                f"(it is {config.learning_rate:g}), or raise --temperature if the method has one"
-            )
-        records.append(_record(epoch, list(losses), means, *collapse_measures(embeddings)))
-        on_epoch(records[-1])
-    return records
+            unscaled = scaler.scale(torch.ones((), device=device))
+            state.add(*observe(list(losses.values()), optimizer.last, unscaled))
+            if stop_asked():
+                state.save(checkpoints)
+                raise KeyboardInterrupt
+            if perf_counter() - saved_s > CHECKPOINT_EVERY_S:
+                state.save(checkpoints)
+                saved_s = perf_counter()
 
-
-def _observe(report: SurgeryReport | None) -> list[Tensor]:
-    """Cosine and conflict, norms, and weights of the last surgery, on the device.
-
-    [2], [2] and [2] for two tasks; nothing for one, whose gradient is with no other in conflict.
-    """
-    assert report is not None  # asked for after a backward only
-    if len(report.names) == 1:
-        return []
-    pair = torch.stack([report.cosine[0, 1], report.conflicts.double()])
-    return [pair, report.norms, report.weights]
+        record = _record(epoch, state.means(), patches, views, objective, model, config)
+        better = state.end_epoch(record)
+        state.save(checkpoints)
+        if better:
+            state.save(checkpoints, best=True)
+        saved_s = perf_counter()
+        on_epoch(record)
+    return state.records, state.throughput
 
 
 def _record(
-    epoch: int, tasks: list[str], means: list[float], effective_rank: float, feature_std: float
+    epoch: int,
+    means: list[float],
+    patches: TrainingSet,
+    views: Views,
+    objective: Objective,
+    model: PretrainingModel,
+    config: RunConfig,
 ) -> EpochRecord:
-    """Give names to an epoch's means, which stand in the order losses, then ``_observe``."""
-    conflict = None
-    if len(tasks) == 2:
-        cosine, rate, *rest = means[2:]
-        conflict = Conflict(
-            cosine=cosine,
-            rate=rate,
-            norms=dict(zip(tasks, rest[:2], strict=True)),
-            weights=dict(zip(tasks, rest[2:], strict=True)),
+    """What an epoch came to: its means, and the held-out patches under the model after it.
+
+    Raises:
+        TrainingFailedError: a loss or an embedding is not finite.
+    """
+    part = Part(patches.held_out_positive, patches.held_out_negative, "held out")
+    device = next(model.parameters()).device
+    images = patches.images.read(torch.cat([part.positive, part.negative])).to(device)
+    objective.eval()
+    with torch.no_grad():
+        batch = _batch(part, images, patches, views, objective, config.seed)
+        validation_losses = objective(batch)
+    embeddings = embed(model.encoder, views.centre(images))
+    names = list(validation_losses)
+    validation_loss = float(torch.stack(list(validation_losses.values())).sum())
+    losses = [*means[: len(names)], validation_loss]
+    if not (all(map(math.isfinite, losses)) and bool(embeddings.isfinite().all())):
+        raise TrainingFailedError(
+            f"a pretraining loss or embedding is not finite at epoch {epoch}: lower --lr "
+            f"(it is {config.learning_rate:g}), or raise --temperature if the method has one"
         )
-    return EpochRecord(
-        epoch=epoch,
-        losses=dict(zip(tasks, means, strict=False)),
-        conflict=conflict,
+    effective_rank, feature_std = collapse_measures(embeddings)
+    return name_means(
+        epoch,
+        names,
+        means,
+        validation_loss=validation_loss,
         effective_rank=effective_rank,
         feature_std=feature_std,
     )
 
 
-def _steps_per_epoch(n_positive: int, n_negative: int, batch_size: int) -> int:
+@dataclass(frozen=True)
+class Part:
+    """The patches of one forward pass: a step's, or a micro-batch's.
+
+    Attributes:
+        positive: [p], rows of patches of positive bags.
+        negative: [q], rows of patches of negative bags.
+        key: what its views are drawn by.
+        share: its weight among the parts of its step; the step's loss is their mean.
+        ends_step: whether the optimizer steps after it.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    key: str
+    share: float = 1.0
+    ends_step: bool = True
+
+
+def _parts(patches: TrainingSet, n_steps: int, n_micro: int, seed: int, epoch: int) -> list[Part]:
+    """The parts of one epoch: each set shuffled and cut evenly, so a batch has the sets' ratio.
+
+    No patch is dropped or seen twice in an epoch.
+    """
+    random = generator(seed, f"order of epoch {epoch}")
+    positive, negative = (
+        rows[torch.randperm(len(rows), generator=random)].tensor_split(n_steps * n_micro)
+        for rows in (patches.positive, patches.negative)
+    )
+    return [
+        Part(
+            *rows,
+            key=f"epoch {epoch}, part {number}",
+            share=1 / n_micro,
+            ends_step=(number + 1) % n_micro == 0,
+        )
+        for number, rows in enumerate(zip(positive, negative, strict=True))
+    ]
+
+
+def _batch(
+    part: Part,
+    images: Tensor,
+    patches: TrainingSet,
+    views: Views,
+    objective: Objective,
+    seed: int,
+) -> Batch:
+    """Two views of each patch, drawn for all methods alike."""
+    positive, negative = images.tensor_split([len(part.positive)])
+
+    def view(images: Tensor, name: str) -> Tensor:
+        return views.random(images, seed, f"{part.key}, {name}")
+
+    centred = objective.centre_negatives and views.centre_is_a_view
+    negative_views = [
+        views.centre(negative) if centred else view(negative, "negative 1"),
+        view(negative, "negative 2"),
+    ]
+    return Batch(
+        positive=torch.cat([view(positive, "positive 1"), view(positive, "positive 2")]),
+        negative=torch.cat(negative_views),
+        abnormal=patches.abnormal[part.positive].to(images.device).repeat(2),
+    )
+
+
+def _facts(patches: TrainingSet, views: Views, device: torch.device) -> TrainingFacts:
+    n_positive, n_negative = len(patches.positive), len(patches.negative)
+    n_sampled = min(n_negative, _MOST_SAMPLED)
+    sampled = patches.negative[torch.arange(n_sampled) * n_negative // n_sampled]
+    return TrainingFacts(
+        positive_share=n_positive / (n_positive + n_negative),
+        abnormal_share=float(patches.abnormal[patches.positive].sum()) / (n_positive + n_negative),
+        negatives=views.centre(patches.images.read(sampled).to(device)),
+    )
+
+
+def _base_optimizer(objective: Objective, config: RunConfig) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            trained, lr=config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _steps_per_epoch(n_positive: int, n_negative: int, batch_size: int, n_micro: int) -> int:
     """Steps that see every patch once in batches of at most about ``batch_size`` of both tasks."""
     wanted = math.ceil((n_positive + n_negative) / batch_size)
-    return max(1, min(wanted, n_positive // 2, n_negative // 2))
+    return max(1, min(wanted, n_positive // (2 * n_micro), n_negative // (2 * n_micro)))
 
 
-def _batches(
-    patches: TrainingPatches, n_steps: int, view: DigitViews, random: torch.Generator
-) -> Iterator[Batch]:
-    """The batches of one epoch: two random views of each patch, drawn for all methods alike."""
-
-    def two_views(images: Tensor) -> Tensor:
-        return torch.cat([view(images, random), view(images, random)])
-
-    n_positive, n_negative = len(patches.positive), len(patches.negative)
-    for positive, negative in _rows(n_positive, n_negative, n_steps, random):
-        yield Batch(
-            positive=two_views(patches.positive[positive]),
-            negative=two_views(patches.negative[negative]),
-            abnormal=patches.abnormal[positive].repeat(2),
-        )
-
-
-def _rows(
-    n_positive: int, n_negative: int, n_steps: int, random: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the two sets for each step: each set shuffled and cut into ``n_steps`` even parts.
-
-    So a batch has the ratio of the two sets, and no patch is dropped or seen twice in an epoch.
-    """
-    parts = [
-        torch.randperm(n, generator=random, device=random.device).tensor_split(n_steps)
-        for n in (n_positive, n_negative)
-    ]
-    yield from zip(*parts, strict=True)
-
-
-def _warm_up_then_cosine(n_steps: int) -> Callable[[int], float]:
+def _warm_up_then_cosine(n_steps: int, warm_up: float) -> Callable[[int], float]:
     """Factor on the learning rate: linear up over the first part, half a cosine down to 0."""
-    n_warm = max(1, round(WARM_UP_SHARE * n_steps))
+    n_warm = max(1, round(warm_up * n_steps))
 
     def factor(step: int) -> float:
         if step < n_warm:

@@ -1,128 +1,161 @@
-"""One run from images to report: each stage reads what the stage before it wrote."""
+"""Runs in a folder: which stages are done or to do, and what resuming may not change."""
 
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 import gradsurgery
-from slam_ags_example.bags import SPLITS, Bag, Manifest, make_manifest, read_manifest
-from slam_ags_example.config import RunConfig, generator, resolve_device
-from slam_ags_example.data import PatchSet, load_patches
-from slam_ags_example.embed import collapse_measures, embed, read_embeddings, write_embeddings
-from slam_ags_example.encoder import PretrainingModel
-from slam_ags_example.evaluate import BagPrediction, summarise
-from slam_ags_example.mil import BagSet, GatedAttentionMIL, train_mil
-from slam_ags_example.objectives import TrainingPatches
-from slam_ags_example.output import prepare_output, write_csv, write_json, write_predictions
-from slam_ags_example.pretrain import EpochRecord, pretrain
-from slam_ags_example.report import write_report
+from slam_ags_example.config import InputError, RunConfig, read_settings, resolve_device
+from slam_ags_example.options import OPTIONS, STAGES
+from slam_ags_example.output import read_json, write_json
+from slam_ags_example.stages import FILES, STAGE_FUNCTIONS, Job
 
-__all__ = ["run"]
-
-FEATURE_RMS = 0.3  # of what the aggregator is given: small, so that it does not learn by heart
+__all__ = ["run", "run_stages", "take_over"]
 
 
-def run(config: RunConfig, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    cache: Path | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
     """Make bags, pretrain, embed, train the aggregator, evaluate, report.
 
     Args:
         config: all settings.
-        output: folder for the files named in ``output.OUTPUT_FILES``; made where it is not there.
-        overwrite: replace a finished run in ``output``.
+        folder: for the files of all stages; made where it is not there.
+        overwrite: replace the results in ``folder``.
+        resume: go on with an interrupted run; one that is finished is left as it is.
+        cache: a folder that keeps decoded images for later runs; None keeps none.
+        on_stage: called with the name of each stage that is about to run.
 
     Returns:
         The content of metrics.json. It holds no times: the same config gives the same metrics.
 
     Raises:
-        InputError: ``output`` holds a finished run, or the images or the device do not allow it.
-        TrainingFailedError: a pretraining loss is no longer finite.
+        InputError: ``folder`` holds results, or the images or the device do not allow the run.
+        TrainingFailedError: a loss is no longer finite.
     """
+    run_stages(
+        STAGES,
+        config,
+        folder,
+        overwrite=overwrite,
+        resume=resume,
+        cache=cache,
+        on_stage=on_stage,
+    )
+    return read_json(folder / "metrics.json")
+
+
+def run_stages(
+    stages: Sequence[str],
+    config: RunConfig,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    cache: Path | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> None:
+    """Run some stages, in order, on the files of those before them; see :func:`run`."""
     device = resolve_device(config.device)
-    patches = load_patches(config.data)
-    manifest = _make_manifest(config, patches)
-    prepare_output(output, overwrite)
-    write_json(output / "config.json", _describe(config, device))
-    manifest.write(output / "bags.json")
-    manifest = read_manifest(output / "bags.json")
-    seconds: dict[str, float] = {}
-
-    with _progress() as progress, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
-        model = PretrainingModel(
-            patches.images.shape[1], generator=generator(config.seed, "encoder")
+    _prepare(stages, config, folder, overwrite, resume)
+    write_json(folder / "config.json", _describe(config, device))
+    job = Job(config, folder, cache, resume)
+    for stage in stages:
+        if resume and _is_done(stage, folder):
+            continue
+        on_stage(stage)
+        start = time.perf_counter()
+        measured = STAGE_FUNCTIONS[stage](job)
+        seconds = round(time.perf_counter() - start, 3)
+        write_json(
+            folder / "timing.json",
+            read_json(folder / "timing.json") | {f"{stage}_s": seconds} | measured,
         )
-        model.to(device)
-        history: list[EpochRecord] = []
-        with _timed(seconds, "pretraining_s"):
-            if config.method != "random":
-                bar = progress.add_task("pretraining", total=config.epochs)
-                history = pretrain(
-                    model,
-                    _training_patches(manifest, patches, device),
-                    _images(patches, manifest.split("validation")).to(device),
-                    config,
-                    on_epoch=lambda record: progress.advance(bar),
-                )
-        with _timed(seconds, "embedding_s"):
-            embeddings = embed(model.encoder, _images(patches, manifest.bags).to(device))
-            write_embeddings(output / "embeddings.npz", embeddings, _references(manifest.bags))
-        with _timed(seconds, "mil_s"):
-            bags = _bag_sets(manifest, output / "embeddings.npz", device)
-            bar = progress.add_task("attention MIL", total=config.mil_epochs)
-            mil, mil_history, mil_epoch = train_mil(
-                bags["train"],
-                bags["validation"],
-                config,
-                on_epoch=lambda record: progress.advance(bar),
+
+
+def take_over(source: Path, folder: Path, stages: Sequence[str]) -> None:
+    """Copy what the stages before these left in another folder, and the settings.
+
+    Raises:
+        InputError: a stage before these was not run there.
+    """
+    before = STAGES[: STAGES.index(stages[0])]
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in before:
+        if not _is_done(stage, source):
+            raise InputError(f"{source} lacks {FILES[stage][-1]}: run `slam-ags {stage}` there")
+        for name in FILES[stage]:
+            if (source / name).exists():
+                shutil.copy2(source / name, folder / name)
+    shutil.copy2(source / "config.json", folder / "config.json")
+
+
+def _is_done(stage: str, folder: Path) -> bool:
+    return (folder / FILES[stage][-1]).exists()
+
+
+def _prepare(
+    stages: Sequence[str], config: RunConfig, folder: Path, overwrite: bool, resume: bool
+) -> None:
+    """See that the folder may be written to, and remove what these stages make out of date.
+
+    Raises:
+        InputError: it may not, an earlier stage is missing, or the settings are not those of the
+            files that are there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file: name a folder")
+    first = STAGES.index(stages[0])
+    for stage in STAGES[:first]:
+        if not _is_done(stage, folder):
+            raise InputError(f"{folder} lacks {FILES[stage][-1]}: run `slam-ags {stage}` first")
+    kept = STAGES if resume else STAGES[:first]
+    _check_settings(config, folder, kept)
+    stale = [name for stage in STAGES[first:] for name in FILES[stage]]
+    there = [name for name in stale if (folder / name).exists()]
+    if there and not (overwrite or resume):
+        raise InputError(
+            f"{folder} holds {there[0]} of an earlier run: pass --resume to go on with it, "
+            "--overwrite to replace it, or name another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in [] if resume else [*there, *(["timing.json"] if first == 0 else [])]:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def _check_settings(config: RunConfig, folder: Path, kept: Sequence[str]) -> None:
+    """Refuse settings that are not those of the results that stay.
+
+    Raises:
+        InputError: names the first setting that differs.
+    """
+    path = folder / "config.json"
+    if not path.exists() or not kept:
+        return
+    stored = read_settings(path)
+    for option in OPTIONS:
+        value = getattr(config, option.field)
+        if option.stage in kept and stored.get(option.field) != value:
+            raise InputError(
+                f"{folder} was made with {option.flag} {stored.get(option.field)}, not {value}: "
+                "leave the option out, or name another folder"
             )
-    write_csv(output / "pretraining.csv", [record.row() for record in history])
-    write_csv(output / "mil.csv", [asdict(record) for record in mil_history])
-
-    predictions = _predict(mil, bags["test"], manifest.split("test"))
-    write_predictions(output, predictions)
-    held_out = embeddings[_split_rows(manifest, "test")]
-    metrics = {
-        **summarise(predictions, config.resolved_top_k),
-        "pretraining": _summarise_pretraining(history, held_out),
-        "mil": {"epoch": mil_epoch, "validation_loss": mil_history[mil_epoch - 1].validation_loss},
-        "splits": _count(manifest),
-    }
-    write_json(output / "timing.json", seconds)
-    write_report(
-        output / "report.html",
-        config=config,
-        metrics=metrics,
-        seconds=seconds,
-        history=history,
-        mil_history=mil_history,
-        predictions=predictions,
-        patches=patches,
-    )
-    write_json(output / "metrics.json", metrics)
-    return metrics
-
-
-def _make_manifest(config: RunConfig, patches: PatchSet) -> Manifest:
-    return make_manifest(
-        patches.references,
-        patches.classes,
-        source=config.data,
-        abnormal=config.abnormal,
-        witness_rate=config.witness_rate,
-        bag_size=config.bag_size,
-        seed=config.seed,
-        n_bags=config.n_bags,
-    )
 
 
 def _describe(config: RunConfig, device: torch.device) -> dict[str, Any]:
@@ -137,123 +170,6 @@ def _describe(config: RunConfig, device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "gradsurgery": gradsurgery.__version__,
             "torch": str(torch.__version__),
-            **{name: version(name) for name in ("numpy", "scikit-learn")},
+            **{name: version(name) for name in ("torchvision", "numpy", "scikit-learn")},
         },
     }
-
-
-def _references(bags: Sequence[Bag]) -> list[str]:
-    return [instance.image for bag in bags for instance in bag.instances]
-
-
-def _images(patches: PatchSet, bags: Sequence[Bag]) -> Tensor:
-    return patches.images[patches.rows(_references(bags))]
-
-
-def _training_patches(
-    manifest: Manifest, patches: PatchSet, device: torch.device
-) -> TrainingPatches:
-    train = manifest.split("train")
-    positive = [bag for bag in train if bag.positive]
-    truth = [instance.abnormal for bag in positive for instance in bag.instances]
-    return TrainingPatches(
-        positive=_images(patches, positive).to(device),
-        negative=_images(patches, [bag for bag in train if not bag.positive]).to(device),
-        abnormal=torch.tensor(truth, device=device),
-    )
-
-
-def _split_rows(manifest: Manifest, split: str) -> list[int]:
-    """Rows of a split among the instances of all bags, in the manifest's order."""
-    of_row = [bag.split for bag in manifest.bags for _ in bag.instances]
-    return [row for row, name in enumerate(of_row) if name == split]
-
-
-def _bag_sets(manifest: Manifest, path: Path, device: torch.device) -> dict[str, BagSet]:
-    """The stored embeddings as bags, centred and scaled by what the training bags show.
-
-    One scale for all features, so that encoders of any output scale meet the same aggregator. No
-    whitening: it would raise directions that are noise to the rank of those that tell classes
-    apart.
-    """
-    embeddings = read_embeddings(path, _references(manifest.bags)).to(device)
-    train = embeddings[_split_rows(manifest, "train")]
-    centre = train.mean(dim=0)
-    scale = (train - centre).square().mean().sqrt() / FEATURE_RMS
-    scaled = (embeddings - centre) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-    bag_sets = {}
-    for split in SPLITS:
-        bags = manifest.split(split)
-        instances = scaled[_split_rows(manifest, split)].view(len(bags), manifest.bag_size, -1)
-        labels = torch.tensor([float(bag.positive) for bag in bags], device=device)
-        bag_sets[split] = BagSet(instances, labels)
-    return bag_sets
-
-
-@torch.no_grad()
-def _predict(model: GatedAttentionMIL, bag_set: BagSet, bags: Sequence[Bag]) -> list[BagPrediction]:
-    logits, attention = model(bag_set.instances)
-    return [
-        BagPrediction(
-            bag=bag.name,
-            positive=bag.positive,
-            probability=probability,
-            images=tuple(instance.image for instance in bag.instances),
-            attention=tuple(weights),
-            abnormal=tuple(instance.abnormal for instance in bag.instances),
-        )
-        for bag, probability, weights in zip(
-            bags, logits.sigmoid().tolist(), attention.tolist(), strict=True
-        )
-    ]
-
-
-def _summarise_pretraining(history: Sequence[EpochRecord], held_out: Tensor) -> dict[str, Any]:
-    """Conflict over all epochs, losses of the last, and collapse measures on the test patches."""
-    rank, spread = collapse_measures(held_out)
-    summary: dict[str, Any] = {
-        "epochs": len(history),
-        "effective_rank": rank,
-        "feature_std": spread,
-    }
-    conflicts = [record.conflict for record in history if record.conflict is not None]
-    if conflicts:
-        summary |= {
-            "conflict_rate": float(np.mean([conflict.rate for conflict in conflicts])),
-            "mean_cosine": float(np.mean([conflict.cosine for conflict in conflicts])),
-        }
-    return summary | (history[-1].losses if history else {})
-
-
-def _count(manifest: Manifest) -> dict[str, dict[str, int]]:
-    return {
-        split: {
-            "bags": len(bags),
-            "positive_bags": sum(bag.positive for bag in bags),
-            "patches": len(_references(bags)),
-            "abnormal_patches": sum(cell.abnormal for bag in bags for cell in bag.instances),
-        }
-        for split in SPLITS
-        for bags in [manifest.split(split)]
-    }
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(time.perf_counter() - start, 3)
-
-
-def _progress() -> Progress:
-    """A bar on the terminal's standard error; nothing where that is a file or a pipe."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
