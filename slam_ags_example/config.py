@@ -111,12 +111,12 @@ class RunConfig:
     skip_corrupt: bool = False
     witness_rate: float = 0.1
     bag_size: int = 100
-    n_bags: int | None = 60
+    n_bags: int | None = 100
     seed: int = 0
     method: str = "slam-ags"
     surgery: str | None = None
     encoder: str = "small"
-    epochs: int = 20
+    epochs: int = 6
     batch_size: int = 256
     micro_batches: int = 1
     optimizer: str = "adamw"
@@ -128,9 +128,9 @@ class RunConfig:
     precision: str = "float32"
     checkpoint: str = "last"
     embedding: str = "encoder"
-    mil: str = "abmil"
+    mil: str = "max"
     mil_init: str | None = None
-    mil_epochs: int = 150
+    mil_epochs: int = 100
     mil_learning_rate: float | None = None
     mil_weight_decay: float | None = None
     top_k: int | None = None

@@ -1,7 +1,6 @@
 """The bag manifest: what it says, how it is written, and what is checked when it is read."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_ags_example.config import InputError, one_of
+from slam_ags_example.output import write_whole
 
 __all__ = ["SPLITS", "Bag", "Instance", "Manifest", "read_manifest"]
 
@@ -98,17 +98,12 @@ class Manifest:
 
         Written beside its place and renamed, so that it is there whole or not at all.
         """
-        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.writelines(self._lines())
-            os.replace(beside, path)
+            write_whole(path, lambda file: file.writelines(map(str.encode, self._lines())))
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}): name another folder"
             ) from error
-        finally:
-            beside.unlink(missing_ok=True)
 
     def _lines(self) -> Iterator[str]:
         yield f'{{"format": {json.dumps(_FORMAT)},\n'

@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["read_csv", "read_json", "write_csv", "write_json", "write_whole"]
+__all__ = ["read_csv", "read_json", "remove_partial", "write_csv", "write_json", "write_whole"]
+
+_PARTIAL = ".partial"
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a file beside ``path``, put it on the disk, and rename it.
 
-    Who reads ``path`` finds the old content or the new one, and no part of either.
+    Who reads ``path`` finds the old content or the new one, and no part of either. What a killed
+    process leaves beside it, :func:`remove_partial` removes.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         with beside.open("wb") as file:
             write(file)
@@ -25,6 +28,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what :func:`write_whole` left in a folder when it was killed."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ import torch
 import gradsurgery
 from slam_ags_example.config import InputError, RunConfig, read_settings, resolve_device
 from slam_ags_example.options import OPTIONS, STAGES
-from slam_ags_example.output import read_json, write_json
+from slam_ags_example.output import read_json, remove_partial, write_json
 from slam_ags_example.stages import FILES, STAGE_FUNCTIONS, Job
 
 __all__ = ["run", "run_stages", "take_over"]
@@ -133,6 +133,7 @@ def _prepare(
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
         for name in [] if resume else [*there, *(["timing.json"] if first == 0 else [])]:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

@@ -1,11 +1,14 @@
 """Batches of images on the device, fetched ahead of the training step."""
 
 import multiprocessing
+import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 
 import torch
 from torch import Tensor
@@ -112,9 +115,25 @@ def _from_processes(
         prefetch_factor=_AHEAD,
         pin_memory=pin,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """End this worker with the training process, even a killed one.
+
+    The loader's own watch looks at who started the worker, and that is the server.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)

@@ -1,6 +1,5 @@
 """report.html: one self-contained page, made of the files of a finished run alone."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import jinja2
 from torch import Tensor
 
 from slam_ags_example.config import InputError
+from slam_ags_example.output import write_whole
 from slam_ags_example.report.figures import (
     collapse_panels,
     conflict_panels,
@@ -57,9 +57,7 @@ def write_report(folder: Path, thumbnails: Callable[[Sequence[str]], Tensor]) ->
             f"{folder} lacks {error} in its files: it is of no finished run of this version; "
             "run again"
         ) from error
-    beside = folder / "report.html.partial"
-    beside.write_text(html, encoding="utf-8")
-    os.replace(beside, folder / "report.html")
+    write_whole(folder / "report.html", lambda file: file.write(html.encode()))
 
 
 def _content(run: FinishedRun, thumbnails: Callable[[Sequence[str]], Tensor]) -> dict[str, Any]:
