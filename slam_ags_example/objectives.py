@@ -130,10 +130,10 @@ class WeakSupCon(Objective):
         else:
             positive = self.encode(self.model, batch.positive)
             negative = self.encode(self.model, batch.negative)
-        return {
-            "nt_xent": nt_xent_loss(*positive.chunk(2), self.temperature),
-            "similarity": similarity_loss(*negative.chunk(2), self.temperature),
-        }
+        a, b = positive.chunk(2)
+        nt_xent = nt_xent_loss(a, b, self.temperature)
+        a, b = negative.chunk(2)
+        return {"nt_xent": nt_xent, "similarity": similarity_loss(a, b, self.temperature)}
 
 
 class SlamAGS(WeakSupCon):

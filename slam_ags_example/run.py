@@ -69,12 +69,23 @@ def run_stages(
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> None:
     """Run some stages, in order, on the files of those before them; see :func:`run`."""
-    device = resolve_device(config.device)
+    device, is_new = resolve_device(config.device), not folder.exists()
     _prepare(stages, config, folder, overwrite, resume)
     write_json(folder / "config.json", _describe(config, device))
     job = Job(config, folder, cache, resume)
+    try:
+        _run_each(stages, job, on_stage)
+    except InputError:
+        if is_new and [path.name for path in folder.iterdir()] == ["config.json"]:
+            shutil.rmtree(folder)  # as if the wrong setting had not been given
+        raise
+
+
+def _run_each(stages: Sequence[str], job: Job, on_stage: Callable[[str], None]) -> None:
+    """Run stages, and keep their times and what they measured in timing.json."""
+    folder = job.folder
     for stage in stages:
-        if resume and _is_done(stage, folder):
+        if job.resume and _is_done(stage, folder):
             continue
         on_stage(stage)
         start = time.perf_counter()
@@ -118,6 +129,8 @@ def _prepare(
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder} is a file: name a folder")
+    if config.mil_init is not None and not _is_done("mil", Path(config.mil_init)):
+        raise InputError(f"--mil-init {config.mil_init} has no mil.pt: name the folder of a run")
     first = STAGES.index(stages[0])
     for stage in STAGES[:first]:
         if not _is_done(stage, folder):

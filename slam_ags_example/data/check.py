@@ -34,8 +34,8 @@ def check_images(
         return [fault(reference) for reference in part]
 
     reasons: list[str | None] = [None] * len(references)
-    with threads(workers) as executor:
-        for place, found in spread(faults, references, executor, on_progress):
+    with threads(workers) as submit:
+        for place, found in spread(faults, references, submit, on_progress):
             reasons[place] = found
     return {
         reference: reason

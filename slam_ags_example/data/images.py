@@ -5,24 +5,23 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from joblib import cpu_count
 from torch import Tensor
 
 from slam_ags_example.config import InputError
 from slam_ags_example.data import cache as disk
+from slam_ags_example.data.helper import Submit
 from slam_ags_example.data.parallel import processes, spread, threads
 from slam_ags_example.data.source import PatchSource, Reader
 
 __all__ = ["ImageSet", "open_images"]
 
-# A helper process has started after 2.3 s (it imports torch); by then one core has drawn 1000
-# patches of 64 px.
+# A helper has started after 2.3 s (it imports torch); by then one core has drawn 1000 patches of
+# 64 px.
 _PROCESSES_PAY = 1500
 _UNKNOWN_MEMORY_BYTES = 4 * 2**30
 _CONTROL_GROUPS = [  # limit, use and its parts, of version 2 and of version 1
@@ -153,13 +152,13 @@ def _read_all(
 ) -> Tensor:
     pixels = torch.empty(shape, dtype=torch.uint8)
     work = functools.partial(_read_part, reader=source.reader, image_px=shape[-1])
-    helpers: AbstractContextManager[Executor | None] = nullcontext()
+    helpers: AbstractContextManager[Submit | None] = nullcontext()
     if source.helpers == "threads":
-        helpers = threads(cpu_count())
+        helpers = threads()
     elif source.helpers == "processes" and len(references) >= _PROCESSES_PAY:
         helpers = processes()
-    with helpers as executor:
-        for place, images in spread(work, references, executor, on_progress):
+    with helpers as submit:
+        for place, images in spread(work, references, submit, on_progress):
             pixels[place] = images
     return pixels
 

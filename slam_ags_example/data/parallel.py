@@ -2,14 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from joblib import cpu_count
-from joblib.externals.loky import (
-    ProcessPoolExecutor,
-)
+from joblib import cpu_count  # type: ignore[import-untyped,unused-ignore]
+
+from slam_ags_example.data.helper import Submit, helper_processes
 
 __all__ = ["PART", "processes", "spread", "threads"]
 
@@ -19,46 +18,43 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def threads(workers: int) -> Iterator[Executor | None]:
-    """``workers`` threads, the calling one among them; None stands for no other."""
-    if workers < 2:
+def threads(workers: int | None = None) -> Iterator[Submit | None]:
+    """``workers`` threads, the calling one among them; as many as there are cores for None.
+
+    Yields:
+        What submits work to the others; None where there are no others.
+    """
+    n_others = (cpu_count() if workers is None else workers) - 1
+    if n_others < 1:
         yield None
         return
-    executor = ThreadPoolExecutor(workers - 1)
+    executor = ThreadPoolExecutor(n_others)
     try:
-        yield executor
+        yield executor.submit
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def processes() -> Iterator[Executor | None]:
-    """A process for each core, the calling one among them; None stands for no other.
-
-    New interpreters, since a fork is unsafe beside torch's threads. Loky's and not the standard
-    library's, which would run the caller's script again in each.
-    """
-    workers = cpu_count()
-    if workers < 2:
+def processes() -> Iterator[Submit | None]:
+    """As :func:`threads`, but a process for each core."""
+    if cpu_count() < 2:
         yield None
         return
-    executor = ProcessPoolExecutor(workers - 1)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(kill_workers=True)
+    with helper_processes(cpu_count() - 1) as submit:
+        yield submit
 
 
 def spread(
     work: Callable[[Sequence[str]], Result],
     references: Sequence[str],
-    executor: Executor | None,
+    submit: Submit | None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[slice, Result]]:
-    """Do ``work`` on parts of ``references``, in the calling thread and in the executor.
+    """Do ``work`` on parts of ``references``, in the calling thread and where ``submit`` does it.
 
-    The executor takes parts from the front, the caller from the back: it does not wait for
-    processes that are still starting, and what is not worth starting them for it does alone.
+    The others take parts from the front, the caller from the back: it does not wait for processes
+    that are still starting.
 
     Yields:
         The place of a part among the references and its result, in no particular order.
@@ -66,7 +62,7 @@ def spread(
     total, done = len(references), 0
     places = [slice(start, min(start + PART, total)) for start in range(0, total, PART)]
     waiting: deque[tuple[slice, Future[Result] | None]] = deque(
-        (place, executor.submit(work, references[place]) if executor else None) for place in places
+        (place, submit(work, references[place]) if submit else None) for place in places
     )
     while waiting:
         _, front = waiting[0]

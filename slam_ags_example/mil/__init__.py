@@ -5,7 +5,6 @@ from slam_ags_example.mil.build import AGGREGATORS, build_aggregator, load_aggre
 from slam_ags_example.mil.train import (
     BagSet,
     MILRecord,
-    MILTrainingFailedError,
     TrainedMIL,
     predict,
     train_mil,
@@ -17,7 +16,6 @@ __all__ = [
     "Aggregator",
     "BagSet",
     "MILRecord",
-    "MILTrainingFailedError",
     "Standardise",
     "TrainedMIL",
     "build_aggregator",

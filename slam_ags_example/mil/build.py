@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slam_ags_example.config import InputError, one_of
+from slam_ags_example.config import AGGREGATORS, InputError, one_of
 from slam_ags_example.mil.aggregators import (
     FEATURE_RMS,
     Aggregator,
@@ -17,7 +17,6 @@ from slam_ags_example.mil.pamil import PrototypeAttention
 
 __all__ = ["AGGREGATORS", "N_PROTOTYPES", "build_aggregator", "load_aggregator"]
 
-AGGREGATORS = ("pamil", "abmil", "mean", "max")
 N_PROTOTYPES = 10
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slam_ags_example.config import InputError, generator, one_of, stream_seed
+from slam_ags_example.config import (
+    InputError,
+    TrainingFailedError,
+    generator,
+    one_of,
+    stream_seed,
+)
 from slam_ags_example.mil.aggregators import Aggregator, MaxPooling, Standardise
 from slam_ags_example.mil.build import (
     AGGREGATORS,
@@ -21,17 +27,13 @@ from slam_ags_example.mil.concept import find_concept
 from slam_ags_example.mil.intercept import fit_intercept, fitted_loss
 from slam_ags_example.mil.pamil import initial_prototypes
 
-__all__ = ["BagSet", "MILRecord", "MILTrainingFailedError", "TrainedMIL", "predict", "train_mil"]
+__all__ = ["BagSet", "MILRecord", "TrainedMIL", "predict", "train_mil"]
 
 BAGS_PER_BATCH = 8
 KEPT_SHARE = 0.5  # of a bag's instances, drawn anew at each step of training
 GUIDED_SHARE = 0.2  # of the epochs, the first ones, in which attention is shown the concept
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = {"pamil": 0.0, "abmil": 1e-2, "mean": 1e-2, "max": 1e-2}
-
-
-class MILTrainingFailedError(RuntimeError):
-    """The loss is no longer finite: the message is one line that says what to change."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def train_mil(
         InputError: no such aggregator; a split without bags of both labels, or with embeddings
             that are not finite; an ``init`` of another aggregator, or of embeddings of another
             width.
-        MILTrainingFailedError: a loss is not finite.
+        TrainingFailedError: a loss is not finite.
     """
     one_of("--aggregator", aggregator, AGGREGATORS)
     _check(train, "training")
@@ -197,7 +199,7 @@ def _keep_best(
     for epoch in range(1, epochs + 1):
         record = one_epoch(epoch)
         if not (math.isfinite(record.train_loss) and math.isfinite(record.validation_loss)):
-            raise MILTrainingFailedError(
+            raise TrainingFailedError(
                 f"the aggregator's loss is no longer finite in epoch {epoch}: lower --mil-lr"
             )
         if record.validation_loss < best_loss:

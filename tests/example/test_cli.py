@@ -11,6 +11,7 @@ import torch
 import gradsurgery
 from slam_ags_example.__main__ import main
 from slam_ags_example.evaluate import bag_metrics, cell_metrics
+from slam_ags_example.help import SUMMARIES
 from slam_ags_example.stages import FILES
 
 DIGITS = ["--data", "digits", "--bags", "12", "--seed", "3"]
@@ -204,7 +205,7 @@ def test_the_terminal_gets_a_table_and_a_pipe_gets_no_progress_bar(tmp_path, cap
         (["--data", "cifar"], "a folder that is there, got 'cifar'"),
         (["--data", "digit"], "did you mean digits?"),
         (["--mil", "abmill"], "'abmill'"),
-        (["--mil-init", "nowhere"], "there is no nowhere/mil.pt"),
+        (["--mil-init", "nowhere"], "--mil-init nowhere has no mil.pt"),
         (["--image-px", "9"], "8"),
         (["--micro-batches", "100"], "--batch-size must be at least 4 for each"),
         (["--warm-up", "1"], "--warm-up must be in [0, 1)"),
@@ -246,7 +247,92 @@ def test_an_incomplete_command_is_one_line_and_exit_code_2(arguments, capsys):
     assert "--help" in captured.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_stages_alone_come_to_what_a_run_comes_to(finished, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["bags", *DIGITS, "--output", str(first)]) == 0
+    assert main(["pretrain", "--epochs", "2", "--output", str(first)]) == 0
+    assert main(["embed", "--from", str(first), "--output", str(second)]) == 0
+    assert main(["mil", "--mil-epochs", "3", "--output", str(second)]) == 0
+    for stage in ("evaluate", "report"):
+        assert main([stage, "--output", str(second)]) == 0
+    assert not (first / "embeddings.npz").exists()
+    for name in ("bags.json", "pretraining.csv", "metrics.json", "report.html"):
+        if name != "report.html":  # it names the time of each stage
+            assert (second / name).read_bytes() == (finished / name).read_bytes()
+        assert (second / name).exists()
+
+
+def test_a_stage_without_those_before_it_is_refused(tmp_path, capsys):
+    assert main(["mil", "--output", str(tmp_path / "new")]) == 2
+    assert "lacks bags.json: run `slam-ags bags` first" in capsys.readouterr().err
+    assert main(["bags", *DIGITS, "--output", str(tmp_path)]) == 0
+    assert main(["mil", "--from", str(tmp_path), "--output", str(tmp_path / "mil")]) == 2
+    assert "lacks pretraining.csv: run `slam-ags pretrain` there" in capsys.readouterr().err
+
+
+def test_settings_of_earlier_stages_stay(finished, capsys):
+    before = (finished / "config.json").read_bytes()
+    assert main(["run", "--resume", "--seed", "4", "--output", str(finished)]) == 2
+    assert "was made with --seed 3, not 4" in capsys.readouterr().err
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_config_file_and_options_on_top(finished, tmp_path):
+    path, folder = tmp_path / "settings.json", tmp_path / "run"
+    path.write_text(json.dumps({"data": "digits", "n_bags": 12, "epochs": 2, "mil_epochs": 9}))
+    assert (
+        main(["run", "--config", str(path), *TINY[-2:], "--seed", "3", "--output", str(folder)])
+        == 0
+    )
+    assert (folder / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+    assert (
+        main(["run", "--config", str(folder / "config.json"), "--output", str(tmp_path / "b")]) == 0
+    )
+    assert (tmp_path / "b" / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold one JSON object"),
+        ('{"epoch": 3}', "did you mean epochs?"),
+        ('{"batch_size": "9"}', 'setting batch_size must be int, got "9"'),
+        ('{"workers": true}', "setting workers must be int, got true"),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(content, message, tmp_path, capsys):
+    (tmp_path / "settings.json").write_text(content)
+    folder = tmp_path / "run"
+    file = str(tmp_path / "settings.json")
+    assert main([*TINY, "--config", file, "--output", str(folder)]) == 2
+    assert not folder.exists()
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_curriculum_starts_from_another_runs_aggregator(finished, tmp_path):
+    options = ["--mil-init", str(finished), "--mil-epochs", "1"]
+    assert main(["mil", "--from", str(finished), "--output", str(tmp_path), *options]) == 0
+    started, new = (rows(folder / "mil.csv")[0] for folder in (tmp_path, finished))
+    assert started["validation_loss"] != new["validation_loss"]
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["mil_init"] == str(finished)
+
+
+def test_the_default_folder_says_what_is_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bags", *DIGITS]) == 0
+    assert (tmp_path / "runs/digits-wr0.1-slam-ags-seed3/bags.json").exists()
+
+
+def test_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(TINY) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in SUMMARIES)])
 def test_help_is_no_error(arguments, capsys):
     assert main(arguments) == 0
     assert "slam-ags" in capsys.readouterr().out

@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +23,8 @@ from sklearn.datasets import load_digits
 
 from slam_ags_example.config import InputError
 from slam_ags_example.data import batches, check_images, images, open_images, open_source
-from slam_ags_example.data.parallel import PART, processes, spread, threads
+from slam_ags_example.data.helper import helper_processes
+from slam_ags_example.data.parallel import PART, spread, threads
 from slam_ags_example.smears import draw_cells
 
 CPU = torch.device("cpu")
@@ -373,8 +377,8 @@ def square(names):
 def test_work_is_spread_without_loss(n, workers):
     names = [str(place) for place in range(n)]
     results, progress = [None] * n, []
-    with threads(workers) as executor:
-        for place, result in spread(square, names, executor, lambda *x: progress.append(x)):
+    with threads(workers) as submit:
+        for place, result in spread(square, names, submit, lambda *x: progress.append(x)):
             results[place] = result
     assert results == [name * 2 for name in names]
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
@@ -390,11 +394,18 @@ def test_processes_draw_the_same_and_end(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-def test_processes_do_the_work_of_a_caller_that_waits():
-    with processes() as executor:
-        if executor is None:
-            pytest.skip("one core")
-        assert executor.submit(os.getpid).result() != os.getpid()
+def test_a_helper_works_in_a_process_of_its_own_and_an_error_is_the_works_own():
+    with helper_processes(1) as submit:
+        helper = submit(os.getpgid, 0).result()  # it leads a group of its own
+        assert helper not in (os.getpid(), os.getpgid(0))
+        assert submit(print, "this is no answer").result() is None
+        assert submit(os.getpgid, 0).result() == helper
+        with pytest.raises(ValueError, match="invalid literal"):
+            submit(int, "x").result()
+        # The error has ended it; what it was given next is done here.
+        assert submit(os.getpgid, 0).result() == os.getpgid(0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(helper, 0)
 
 
 # --- the cache ---
@@ -565,3 +576,34 @@ def test_a_file_that_breaks_during_training_is_one_line(tree, on_demand, workers
         next(stream)
     assert "\n" not in str(error.value)
     assert nothing_runs()
+
+
+KILLED = """
+import itertools, multiprocessing, os, signal, sys, torch
+from slam_ags_example.data import batches, open_images, open_source
+
+if __name__ == "__main__":
+    source = open_source(sys.argv[1])
+    images = open_images(source, source.references, image_px=16, memory_bytes=0)
+    stream = batches(images, itertools.repeat([0]), device=torch.device("cpu"), workers=2)
+    next(stream)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    save(tmp_path / "data" / "a" / "1.png", picture(0, (8, 8)))
+    (tmp_path / "script.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "data")]
+    # To a file: a pipe would stay open until the workers end.
+    with (tmp_path / "pids").open("w") as file:
+        assert subprocess.run(command, stdout=file).returncode == -signal.SIGKILL
+    running = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
+    assert len(running) == 2
+    deadline_s = time.monotonic() + 60
+    while running and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+        running = {pid for pid in running if os.path.exists(f"/proc/{pid}")}
+    assert not running

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from slam_ags_example.config import InputError
+from slam_ags_example.config import InputError, TrainingFailedError
 from slam_ags_example.mil import (
     AGGREGATORS,
     BagSet,
-    MILTrainingFailedError,
     Standardise,
     build_aggregator,
     load_aggregator,
@@ -433,6 +432,6 @@ def test_unusable_bags_and_unknown_aggregators_are_refused(splits):
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_a_loss_that_is_not_finite_ends_training_in_one_line(name, splits):
-    with pytest.raises(MILTrainingFailedError, match="no longer finite in epoch") as caught:
+    with pytest.raises(TrainingFailedError, match="no longer finite in epoch") as caught:
         train(*splits[:2], name, learning_rate=1e30)
     assert "\n" not in str(caught.value)

@@ -128,7 +128,8 @@ def test_pretraining_records_what_surgery_saw():
     assert seen == records
     assert [record.epoch for record in records] == [1, 2]
     for record in records:
-        assert -1 / 0.07 <= record.losses["similarity"] <= 0
+        # the loss's own bounds, for the 10 negative patches of a step
+        assert -1 / 0.07 <= record.losses["similarity"] <= 1 / (19 * 0.07)
         assert record.losses["nt_xent"] > 0
         assert -1 <= record.conflict.cosine <= 1
         assert record.conflict.norms["nt_xent"] > 0
