@@ -115,7 +115,7 @@ def _from_processes(
         prefetch_factor=_AHEAD,
         pin_memory=pin,
         multiprocessing_context=context,
-        worker_init_fn=None,
+        worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch in loader:

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from joblib import cpu_count  # type: ignore[import-untyped,unused-ignore]
+from joblib import cpu_count
 
 from slam_ags_example.data.helper import Submit, helper_processes
 
