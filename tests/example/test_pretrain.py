@@ -4,6 +4,7 @@ import itertools
 import math
 import tempfile
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsurgery import AdaptiveGradientSurgery
 from slam_ags_example.augment import DigitViews
 from slam_ags_example.checkpoint import BEST, LAST, Checkpoints, read_checkpoint
 from slam_ags_example.config import InputError, RunConfig, generator
 from slam_ags_example.data import open_images, open_source
 from slam_ags_example.embed import effective_rank, feature_std, read_embeddings, write_embeddings
 from slam_ags_example.encoder import PretrainingModel
-from slam_ags_example.objectives import OBJECTIVES
+from slam_ags_example.history import observe
+from slam_ags_example.objectives import OBJECTIVES, Batch, TrainingFacts
 from slam_ags_example.pretrain import (
     TrainingSet,
     _parts,
@@ -287,6 +290,33 @@ def test_mixed_precision_trains_and_records_unscaled_norms(precision):
         assert records[0].conflict.norms[name] == pytest.approx(expected, rel=0.15)
         # float16 starts at a scale that is too high, and skips a step of the three
         assert records[0].losses[name] == pytest.approx(reference[0].losses[name], rel=0.1)
+
+
+@pytest.mark.slow
+def test_what_is_recorded_costs_under_a_hundredth_of_a_step():
+    """At the quick preset's sizes: 128 patches of either kind in a step, views of 45 px."""
+    model = PretrainingModel(3, 64, generator=generator(0, "encoder"))
+    config = RunConfig()
+    facts = TrainingFacts(positive_share=0.5, abnormal_share=0.05, negatives=torch.zeros(1))
+    objective = OBJECTIVES["slam-ags"](model, facts, config)
+    optimizer = AdaptiveGradientSurgery(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    random = torch.Generator().manual_seed(0)
+    views = [torch.randn(256, 3, 45, 45, generator=random) for _ in range(2)]
+    batch = Batch(*views, torch.zeros(256, dtype=torch.bool))
+    steps_s, observations_s = [], []
+    for _ in range(6):
+        start_s = perf_counter()
+        losses = objective(batch)
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+        middle_s = perf_counter()
+        observe(list(losses.values()), optimizer.last, torch.ones(()))
+        steps_s.append(middle_s - start_s)
+        observations_s.append(perf_counter() - middle_s)
+    ratio = sorted(observations_s)[3] / sorted(steps_s)[3]
+    print(f"a record costs {100 * ratio:.3f}% of a step of {1000 * sorted(steps_s)[3]:.0f} ms")
+    assert ratio < 0.01
 
 
 def test_embeddings_come_back_by_image(tmp_path):
