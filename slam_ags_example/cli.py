@@ -29,6 +29,7 @@ from slam_ags_example.stages import FILES
 
 __all__ = ["main"]
 
+_STUDY_COLUMNS = 100  # a pipe is taken for 80, and cells of the tables would be cut
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -118,8 +119,9 @@ def _study(given: dict[str, Any]) -> int:
         console.print(f"{row.label} wr {row.witness_rate:g} seed {row.seed}: {outcome}")
 
     rows = run_study(study, output, jobs=jobs, reference=reference, on_cell=on_cell)
+    wide = Console() if console.width >= _STUDY_COLUMNS else Console(width=_STUDY_COLUMNS)
     for table in tables(rows, study.reference(reference)):
-        Console().print(table)
+        wide.print(table)
     print(f"Tables and figure: {output / 'table.md'}, {output / 'figure.png'}")
     if failed := failures(rows):
         return _fail("; ".join(failed), EXIT_FAILED)
