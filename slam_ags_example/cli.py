@@ -74,7 +74,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
     if output is None and (resume or stages[0] != STAGES[0]):
         raise InputError(f"`slam-ags {command}` needs --output: the folder of the run")
     if source is not None:
-        take_over(source, output, stages)
+        take_over(source, output, stages, overwrite=overwrite, resume=resume)
     # A run that goes on has its settings already.
     goes_on = resume or stages[0] != STAGES[0]
     stored: dict[str, Any] = {}

@@ -97,21 +97,32 @@ def _run_each(stages: Sequence[str], job: Job, on_stage: Callable[[str], None]) 
         )
 
 
-def take_over(source: Path, folder: Path, stages: Sequence[str]) -> None:
+def take_over(
+    source: Path, folder: Path, stages: Sequence[str], *, overwrite: bool, resume: bool
+) -> None:
     """Copy what the stages before these left in another folder, and the settings.
 
     Raises:
-        InputError: a stage before these was not run there.
+        InputError: a stage before these was not run there, or ``folder`` holds a run that stays.
     """
+    if resume and (folder / "config.json").exists():
+        return  # an interrupted call copied them already
+    there = [name for names in FILES.values() for name in names if (folder / name).exists()]
+    if folder.resolve() == source.resolve() or (there and not overwrite):
+        raise InputError(
+            f"--from takes files into a new folder, and {folder} holds a run: name another "
+            "--output, or pass --overwrite to replace that run"
+        )
     before = STAGES[: STAGES.index(stages[0])]
-    folder.mkdir(parents=True, exist_ok=True)
     for stage in before:
         if not _is_done(stage, source):
             raise InputError(f"{source} lacks {FILES[stage][-1]}: run `slam-ags {stage}` there")
-        for name in FILES[stage]:
-            if (source / name).exists():
-                shutil.copy2(source / name, folder / name)
-    shutil.copy2(source / "config.json", folder / "config.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in there:
+        (folder / name).unlink()
+    for name in ("config.json", *(name for stage in before for name in FILES[stage])):
+        if (source / name).exists():
+            shutil.copy2(source / name, folder / name)
 
 
 def _is_done(stage: str, folder: Path) -> bool:

@@ -270,6 +270,20 @@ def test_a_stage_without_those_before_it_is_refused(tmp_path, capsys):
     assert "lacks pretraining.csv: run `slam-ags pretrain` there" in capsys.readouterr().err
 
 
+def test_files_from_another_run_do_not_replace_a_run(finished, tmp_path, capsys):
+    run(tmp_path, "--seed", "4")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for source, output in [(finished, tmp_path), (tmp_path, tmp_path)]:
+        capsys.readouterr()
+        assert main(["mil", "--from", str(source), "--output", str(output)]) == 2
+        assert "name another --output" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    options = ["--mil-epochs", "2", "--overwrite", "--output", str(tmp_path)]
+    assert main(["mil", "--from", str(finished), *options]) == 0
+    assert (tmp_path / "bags.json").read_bytes() == (finished / "bags.json").read_bytes()
+    assert not (tmp_path / "metrics.json").exists()
+
+
 def test_settings_of_earlier_stages_stay(finished, capsys):
     before = (finished / "config.json").read_bytes()
     assert main(["run", "--resume", "--seed", "4", "--output", str(finished)]) == 2
