@@ -274,13 +274,17 @@ def _seeds(text: str) -> list[int]:
 
 def _print_outcome(stages: Sequence[str], config: RunConfig, folder: Path) -> None:
     """What a person wants to know at the end."""
-    if "pretrain" in stages:
-        timing = read_json(folder / "timing.json")
-        if "patches_per_s" in timing:
-            print(
-                f"Pretraining: {timing['patches_per_s']:.0f} patches/s, "
-                f"{100 * timing['waiting_share']:.1f}% of the time waiting for data"
-            )
+    timing = read_json(folder / "timing.json")
+    if "bags" in stages and "images_skipped" in timing:
+        print(
+            f"Images: {timing['images_checked']} checked, {timing['images_skipped']} left out "
+            f"(listed in {folder / 'corrupt.txt'})"
+        )
+    if "pretrain" in stages and "patches_per_s" in timing:
+        print(
+            f"Pretraining: {timing['patches_per_s']:.0f} patches/s, "
+            f"{100 * timing['waiting_share']:.1f}% of the time waiting for data"
+        )
     if "evaluate" in stages:
         Console().print(_table(config, read_json(folder / "metrics.json")))
     print(f"{'Report' if 'report' in stages else 'Wrote'}: {folder / FILES[stages[-1]][-1]}")

@@ -150,9 +150,10 @@ def _prepare(
     _check_settings(config, folder, kept)
     stale = [name for stage in STAGES[first:] for name in FILES[stage]]
     there = [name for name in stale if (folder / name).exists()]
-    if there and not (overwrite or resume):
+    results = [name for name in there if name != "corrupt.txt"]  # a reason to call again
+    if results and not (overwrite or resume):
         raise InputError(
-            f"{folder} holds {there[0]} of an earlier run: pass --resume to go on with it, "
+            f"{folder} holds {results[0]} of an earlier run: pass --resume to go on with it, "
             "--overwrite to replace it, or name another folder"
         )
     try:

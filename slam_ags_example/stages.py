@@ -133,9 +133,10 @@ def make_bags(job: Job) -> dict[str, Any]:
         (job.folder / "corrupt.txt").write_text(lines)
         if not config.skip_corrupt:
             first = ", ".join(list(corrupt)[:3])
+            noun = "image" if len(corrupt) == 1 else "images"
             raise InputError(
-                f"{len(corrupt)} images cannot be read, first {first} (all: "
-                f"{job.folder / 'corrupt.txt'}): mend them, or pass --skip-corrupt"
+                f"{len(corrupt)} {noun} cannot be read, first {first} "
+                f"(all: {job.folder / 'corrupt.txt'}): mend them, or pass --skip-corrupt"
             )
     draw(list(corrupt)).write(job.folder / "bags.json")
     return {"images_checked": len(named), "images_skipped": len(corrupt)} if corrupt else {}

@@ -44,16 +44,20 @@ def test_corrupt_images_are_listed_before_training(tree, tmp_path, capsys):
     assert main(["run", "--data", str(tree), *SMALL, "--output", str(folder)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "1 images cannot be read, first LYT/0001-0040/LYT_00003.jpg" in err
+    assert "1 image cannot be read, first LYT/0001-0040/LYT_00003.jpg" in err
     assert "--skip-corrupt" in err
     assert "LYT_00003.jpg\t" in (folder / "corrupt.txt").read_text()
     assert not (folder / "bags.json").exists()
+    again = ["bags", "--data", str(tree), *SMALL[:4], "--skip-corrupt", "--output", str(folder)]
+    assert main(again) == 0  # as the message says
 
 
 def test_a_run_without_them(tree, tmp_path, capsys):
     options = ["--skip-corrupt", "--output", str(tmp_path)]
     assert main(["run", "--data", str(tree), *SMALL, *options]) == 0
-    assert "positives in the top" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "positives in the top" in out
+    assert "68 checked, 1 left out" in out
     manifest = (tmp_path / "bags.json").read_text()
     assert "LYT/0041-0080/" in manifest
     assert "BLA/BLA_0000" in manifest
