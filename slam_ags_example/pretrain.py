@@ -124,13 +124,13 @@ def pretrain(
             state.throughput.patches += len(images)
             if not part.ends_step:
                 continue
+            scale = scaler.scale(torch.ones((), device=device))  # before update() changes it
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
             optimizer.zero_grad()
 
-            unscaled = scaler.scale(torch.ones((), device=device))
-            state.add(*observe(list(losses.values()), optimizer.last, unscaled))
+            state.add(*observe(list(losses.values()), optimizer.last, scale))
             if stop_asked():
                 state.save(checkpoints)
                 raise KeyboardInterrupt
@@ -139,10 +139,10 @@ def pretrain(
                 saved_s = perf_counter()
 
         record = _record(epoch, state.means(), patches, views, objective, model, config)
-        better = state.end_epoch(record)
-        state.save(checkpoints)
-        if better:
+        # The best one first: killed between the two, a resumed run does the epoch once more.
+        if state.end_epoch(record):
             state.save(checkpoints, best=True)
+        state.save(checkpoints)
         saved_s = perf_counter()
         on_epoch(record)
     return state.records, state.throughput

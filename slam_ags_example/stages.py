@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slam_ags_example.augment import DigitViews, SmearViews, Views
-from slam_ags_example.bags import make_manifest
+from slam_ags_example.bags import REST, make_manifest
 from slam_ags_example.checkpoint import BEST, LAST, Checkpoints, read_checkpoint, read_torch
 from slam_ags_example.config import InputError, RunConfig, generator, resolve_device
 from slam_ags_example.data import ImageSet, batches, check_images, open_images, open_source
@@ -67,8 +67,9 @@ class Job:
         """Where to compute."""
         return resolve_device(self.config.device)
 
+    @functools.cached_property
     def manifest(self) -> Manifest:
-        """The bags."""
+        """The bags, read once."""
         return read_manifest(self.folder / "bags.json")
 
     @functools.cached_property
@@ -77,7 +78,7 @@ class Job:
         with bar("reading images") as on_progress:
             return open_images(
                 open_source(self.config.data),
-                self.manifest().references(),
+                self.manifest.references(),
                 image_px=self.config.image_px,
                 cache=self.cache,
                 on_progress=on_progress,
@@ -123,7 +124,8 @@ def make_bags(job: Job) -> dict[str, Any]:
             excluded=excluded,
         )
 
-    draw([])  # settings that no image can satisfy are refused before all are decoded
+    # Settings that no image can satisfy are refused before all are decoded.
+    manifest = draw([])
     named = _candidates(source.references, source.classes, config)
     with bar("checking images") as on_progress:
         workers = config.workers or torch.get_num_threads()
@@ -138,7 +140,8 @@ def make_bags(job: Job) -> dict[str, Any]:
                 f"{len(corrupt)} {noun} cannot be read, first {first} "
                 f"(all: {job.folder / 'corrupt.txt'}): mend them, or pass --skip-corrupt"
             )
-    draw(list(corrupt)).write(job.folder / "bags.json")
+        manifest = draw(list(corrupt))
+    manifest.write(job.folder / "bags.json")
     return {"images_checked": len(named), "images_skipped": len(corrupt)} if corrupt else {}
 
 
@@ -152,7 +155,7 @@ def pretrain_encoder(job: Job) -> dict[str, Any]:
         checkpoints.write({"parts": {"model": model.state_dict()}})
         write_csv(job.folder / "pretraining.csv", [])
         return {}
-    patches = _training_set(job.manifest(), images)
+    patches = _training_set(job.manifest, images)
     with bar("pretraining") as on_progress, _deterministic(), _asked_to_stop() as stop_asked:
         records, throughput = pretrain(
             model,
@@ -218,7 +221,7 @@ def train_aggregator(job: Job) -> dict[str, Any]:
 
 def evaluate_bags(job: Job) -> dict[str, Any]:
     """Predict the test bags, rank their cells, and measure both."""
-    config, manifest = job.config, job.manifest()
+    config, manifest = job.config, job.manifest
     stored = _read_mil(job.folder)
     model = load_aggregator(stored["aggregator"], stored["state"]).to(job.device)
     test = _bag_set(job, "test")
@@ -250,13 +253,8 @@ def evaluate_bags(job: Job) -> dict[str, Any]:
 
 def report_run(job: Job) -> dict[str, Any]:
     """Write the report from the other files."""
-    source = open_source(job.config.data)
-    image_px = job.config.image_px
-
-    def thumbnails(references: Sequence[str]) -> Tensor:
-        return source.read(references, image_px)
-
-    write_report(job.folder, thumbnails)
+    read = open_source(job.config.data).read
+    write_report(job.folder, lambda references: read(references, job.config.image_px))
     return {}
 
 
@@ -274,7 +272,7 @@ def _candidates(references: Sequence[str], classes: Sequence[str], config: RunCo
     """The images whose class may go into a bag."""
     named = [name.strip() for name in f"{config.normal},{config.abnormal}".split(",")]
     pairs = zip(references, classes, strict=True)
-    return [reference for reference, name in pairs if "rest" in named or name in named]
+    return [reference for reference, name in pairs if REST in named or name in named]
 
 
 def _training_set(manifest: Manifest, images: ImageSet) -> TrainingSet:
@@ -306,7 +304,7 @@ def _read_mil(folder: Path) -> dict[str, Any]:
 
 def _bag_set(job: Job, split: str) -> BagSet:
     """The stored embeddings of a split as bags."""
-    manifest, device = job.manifest(), job.device
+    manifest, device = job.manifest, job.device
     bags = manifest.split(split)
     embeddings = read_embeddings(job.folder / "embeddings.npz", manifest.references(split))
     instances = embeddings.view(len(bags), manifest.bag_size, -1)

@@ -256,10 +256,9 @@ def test_stages_alone_come_to_what_a_run_comes_to(finished, tmp_path):
     for stage in ("evaluate", "report"):
         assert main([stage, "--output", str(second)]) == 0
     assert not (first / "embeddings.npz").exists()
-    for name in ("bags.json", "pretraining.csv", "metrics.json", "report.html"):
-        if name != "report.html":  # it names the time of each stage
-            assert (second / name).read_bytes() == (finished / name).read_bytes()
-        assert (second / name).exists()
+    assert (second / "report.html").exists()  # not the same bytes: it names the time of each stage
+    for name in ("bags.json", "pretraining.csv", "metrics.json"):
+        assert (second / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_a_stage_without_those_before_it_is_refused(tmp_path, capsys):

@@ -319,6 +319,19 @@ def test_what_is_recorded_costs_under_a_hundredth_of_a_step():
     assert ratio < 0.01
 
 
+def test_micro_batches_are_not_added_up_to_larger_steps():
+    def moved(**settings):
+        config = small(method="ws-sil", epochs=1, optimizer="sgd", learning_rate=1e-3, **settings)
+        start = PretrainingModel(1, 8, generator=generator(0, "encoder")).encoder
+        end = pretrain_small(config)[0].encoder
+        pairs = zip(start.parameters(), end.parameters(), strict=True)
+        return float(sum((a - b).detach().square().sum() for a, b in pairs).sqrt())
+
+    # Batch norm sees half as many patches, so the two agree roughly; undivided losses move twice
+    # as far, and a step for each part as well.
+    assert moved(micro_batches=2) == pytest.approx(moved(), rel=0.4)
+
+
 def test_embeddings_come_back_by_image(tmp_path):
     embeddings = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     write_embeddings(tmp_path / "e.npz", embeddings, ["a", "b", "c"])
