@@ -258,6 +258,32 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_validation_loss(tmp_path):
     assert len(read_checkpoint(tmp_path / LAST)["records"]) == 4
 
 
+def test_a_kill_between_the_two_checkpoints_loses_neither(tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    pretrain_small(small(epochs=4), whole)
+    write, best = Checkpoints.write, len(read_checkpoint(whole / BEST)["records"])
+    written = []
+
+    def write_one_of_two(self, content, **which):
+        written.append(len(content["records"]))
+        if written.count(best) == 2:
+            raise KeyboardInterrupt  # as a kill would, between the two of that epoch
+        write(self, content, **which)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", write_one_of_two)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_small(small(epochs=4), killed)
+    pretrain_small(small(epochs=4), killed, resume=True)
+    for name in (BEST, LAST):
+        expected, found = (
+            read_checkpoint(folder / name)["parts"]["model"] for folder in (whole, killed)
+        )
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     pretrain_small(small(), tmp_path)
     with pytest.raises(InputError, match="was made with seed = 0, not 1: resume with the same"):
