@@ -1,79 +1,223 @@
-"""`python -m benchmarks projection | step | overhead | memory | table`."""
+"""`python -m benchmarks COMMAND`: measure into a results file, or make tables and plots of one."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import memory, overhead, projection, step, table
-from benchmarks.measure import Rows
+from benchmarks import memory, overhead, peers, plot, projection, scaling, step, table
+from benchmarks.models import GRAPHS, MODELS
+from benchmarks.rows import Rows, read
+
+RESULTS = Path("runs/benchmarks.jsonl")
 
 
-def main() -> None:
-    """Read the command line and run one benchmark."""
+@dataclass(frozen=True)
+class Command:
+    """One benchmark: its function, what it says about itself, and its settings by default."""
+
+    run: Callable[..., None]
+    help: str
+    full: Mapping[str, Any]
+    """The settings that it takes, each an option of the command line."""
+    quick: Mapping[str, Any]
+    """What `--quick` has instead: a few seconds on two cores."""
+
+
+COMMANDS = {
+    "projection": Command(
+        projection.run,
+        "gram + combine over the memory floor",
+        {
+            "tasks": [2, 4, 8, 16, 32],
+            "width": 11_700_000,
+            "dtype": torch.float32,
+            "backend": "auto",
+            "rounds": 25,
+        },
+        {"tasks": [2, 8], "width": 300_000, "rounds": 5},
+    ),
+    "step": Command(
+        step.run,
+        "a training step with surgery over the plain step",
+        {
+            "models": list(MODELS),
+            "tasks": [2],
+            "batch": 32,
+            "pixels": 64,
+            "amp": False,
+            "rounds": 21,
+        },
+        {"models": ["mlp", "resnet18"], "batch": 2, "pixels": 32, "rounds": 2},
+    ),
+    "overhead": Command(
+        overhead.run,
+        "many small parameters: what the host pays",
+        {"counts": [10, 100, 1000], "tasks": [2], "rounds": 101},
+        {"counts": [10, 100], "rounds": 5},
+    ),
+    "memory": Command(
+        memory.run,
+        "peak memory over plain training",
+        {"models": ["resnet18"], "tasks": [2, 4], "batch": 16, "pixels": 64, "steps": 4},
+        {"models": ["mlp"], "tasks": [2], "batch": 4, "steps": 2},
+    ),
+    "peers": Command(
+        peers.run,
+        "ours beside other libraries and the published loop",
+        {
+            "tasks": [2, 4, 8, 16],
+            "width": 11_700_000,
+            "models": ["mlp", "resnet18"],
+            "step_tasks": [2, 4],
+            "batch": 32,
+            "pixels": 64,
+            "rounds": 15,
+        },
+        {
+            "tasks": [2, 4],
+            "width": 100_000,
+            "models": ["mlp"],
+            "step_tasks": [2],
+            "batch": 4,
+            "rounds": 3,
+        },
+    ),
+    "scaling": Command(
+        scaling.run,
+        "how the cost grows with T, D, parameters and batch",
+        {
+            "tasks": [2, 4, 8, 16, 32, 40],
+            "width": 10_000_000,
+            "widths": [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000],
+            "counts": [10, 30, 100, 300, 1000, 3000],
+            "models": ["mlp", "resnet18"],
+            "batches": [1, 2, 4, 8, 16, 32, 64],
+            "pixels": 32,
+            "rounds": 15,
+        },
+        {
+            "tasks": [2, 8],
+            "width": 100_000,
+            "widths": [10_000, 100_000],
+            "counts": [10, 30],
+            "models": ["mlp"],
+            "batches": [2, 8],
+            "rounds": 3,
+        },
+    ),
+}
+
+
+def _number(text: str) -> int:
+    number = float(text)
+    if number != int(number) or number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed; got {text}")
+    return int(number)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(part) for part in text.split(",")]
+
+
+def _models(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in MODELS:
+            raise argparse.ArgumentTypeError(f"models are {', '.join(MODELS)}; got {name!r}")
+    return names
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch dtype")
+    return dtype
+
+
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "tasks": _numbers,
+    "step_tasks": _numbers,
+    "width": _number,
+    "widths": _numbers,
+    "counts": _numbers,
+    "models": _models,
+    "dtype": _dtype,
+    "backend": str,
+    "batch": _number,
+    "batches": _numbers,
+    "pixels": _number,
+    "rounds": _number,
+    "steps": _number,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("projection", "gram + combine over the memory floor"),
-        ("step", "a ResNet18 step with surgery over the plain step"),
-        ("overhead", "many small parameters: what the host pays"),
-        ("memory", "peak memory over plain training"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--output", type=Path, default=Path("runs/benchmarks.jsonl"))
-        command.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
-        if name == "projection":
-            dtypes = ("float32", "float64", "bfloat16", "float16")
-            command.add_argument("--dtype", default="float32", choices=dtypes)
-    show = commands.add_parser("table", help="tables from a results file")
-    show.add_argument("path", type=Path, nargs="?", default=Path("runs/benchmarks.jsonl"))
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--output", type=Path, default=RESULTS, help="rows are appended to it")
+    quick = "small sizes on one thread, a few seconds: says that it runs, not how fast"
+    common.add_argument("--quick", action="store_true", help=quick)
+    common.add_argument("--threads", type=_number, help="default: torch's own number")
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    common.add_argument("--device", choices=("cpu", "cuda"), default=where)
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(name, parents=[common], help=command.help)
+        for option, default in command.full.items():
+            flag = "--" + option.replace("_", "-")
+            if default is False:
+                added.add_argument(flag, action="store_const", const=True)
+            else:
+                added.add_argument(flag, type=OPTIONS[option], help=f"default: {default}")
+    show = commands.add_parser("table", help="Markdown tables of a results file")
+    show.add_argument("path", type=Path, nargs="?", default=RESULTS)
+    draw = commands.add_parser("plot", help="PNG plots of a results file")
+    draw.add_argument("path", type=Path, nargs="?", default=RESULTS)
+    draw.add_argument("--output-dir", type=Path, default=Path("runs/plots"))
     child = commands.add_parser("memory-child", help="one measured process of `memory`")
-    child.add_argument("kind")
-    child.add_argument("graph")
+    child.add_argument("kind", choices=tuple(step.STEPS))
+    child.add_argument("model", choices=MODELS)
+    child.add_argument("graph", choices=GRAPHS)
+    child.add_argument("device")
     child.add_argument("numbers", type=int, nargs=4)
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 1 where every row is a failure."""
+    options = _parser().parse_args(arguments)
     if options.command == "table":
-        print(table.tables(options.path))
+        print(table.tables(read(options.path)))
+    elif options.command == "plot":
+        for path in plot.plots(read(options.path), options.output_dir):
+            print(path)
     elif options.command == "memory-child":
-        memory.child(options.kind, options.graph, *options.numbers)
+        memory.child(options.kind, options.model, options.graph, options.device, options.numbers)
     else:
-        measure(options)
+        return _measure(COMMANDS[options.command], options)
+    return 0
 
 
-def measure(options: argparse.Namespace) -> None:
+def _measure(command: Command, options: argparse.Namespace) -> int:
     """Append rows, then print the tables of what was appended."""
-    quick = options.quick
-    start = options.output.stat().st_size if options.output.exists() else 0
-    rows = Rows(options.output)
-    if options.command == "projection":
-        projection.run(
-            rows,
-            rounds=5 if quick else 25,
-            width=1_000_000 if quick else 11_700_000,
-            tasks=[2, 4, 8],
-            dtype=getattr(torch, options.dtype),
-        )
-    elif options.command == "step":
-        step.run(rows, pairs=2 if quick else 21, tasks=2, batch=4 if quick else 32, pixels=64)
-    elif options.command == "overhead":
-        overhead.run(rows, rounds=5 if quick else 101, counts=[10, 100, 1000], tasks=2)
-    else:
-        memory.run(
-            rows,
-            tasks=[2] if quick else [2, 4],
-            batch=4 if quick else 16,
-            pixels=64,
-            steps=2 if quick else 4,
-        )
-    new = options.output.with_suffix(".new")
-    with options.output.open() as file:
-        file.seek(start)
-        new.write_text(file.read())
-    print(table.tables(new))
-    new.unlink()
+    settings = {**command.full, **(command.quick if options.quick else {})}
+    given = {name: getattr(options, name) for name in settings}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    threads = options.threads or (1 if options.quick else torch.get_num_threads())
+    torch.set_num_threads(threads)
+    device = torch.device(options.device)
+    rows = Rows(options.output, device)
+    command.run(rows, **settings, device=device)
+    print(table.tables(rows.written))
+    return int(all("error" in row for row in rows.written))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

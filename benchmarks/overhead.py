@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Rows, alternate, summary
+from benchmarks.measure import Case, alternate
+from benchmarks.rows import Row, Rows
 from gradsurgery import AdaptiveGradientSurgery
 
-__all__ = ["run"]
+__all__ = ["ELEMENTS", "chain", "run"]
+
+ELEMENTS = 8
+"""In each parameter."""
 
 
-def run(rows: Rows, *, rounds: int, counts: list[int], tasks: int) -> None:
-    """Backward passes of `tasks` losses over chains of 8-element parameters, with and without."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for count in counts:
-        parameters = [nn.Parameter(torch.full((8,), 0.5, device=device)) for _ in range(count)]
-        base = torch.optim.SGD(parameters, lr=1e-4)
-        plugin = AdaptiveGradientSurgery(base)
+def chain(count: int, tasks: int, device: torch.device) -> dict[str, Case]:
+    """Backward passes of `tasks` losses over a chain of `count` parameters, with and without."""
+    parameters = [nn.Parameter(torch.full((ELEMENTS,), 0.5, device=device)) for _ in range(count)]
+    base = torch.optim.SGD(parameters, lr=1e-4)
+    plugin = AdaptiveGradientSurgery(base)
 
-        def losses(parameters: list[nn.Parameter] = parameters) -> list[Tensor]:
-            hidden = torch.ones(8, device=device)
-            for p in parameters:
-                hidden = torch.tanh(hidden * p)
-            return [(hidden * (t + 1) - t).square().sum() for t in range(tasks)]
+    def losses() -> list[Tensor]:
+        hidden = torch.ones(ELEMENTS, device=device)
+        for p in parameters:
+            hidden = torch.tanh(hidden * p)
+        return [(hidden * (t + 1) - t).square().sum() for t in range(tasks)]
 
-        def plain(base: torch.optim.Optimizer = base) -> None:
-            base.zero_grad()
-            values = losses()
-            for t, loss in enumerate(values):
-                loss.backward(retain_graph=t < tasks - 1)
+    def plain() -> None:
+        base.zero_grad()
+        for t, loss in enumerate(losses()):
+            loss.backward(retain_graph=t < tasks - 1)  # type: ignore[no-untyped-call]
 
-        def surgery(plugin: AdaptiveGradientSurgery = plugin) -> None:
-            plugin.zero_grad()
-            plugin.backward(losses())
+    def surgery() -> None:
+        plugin.zero_grad()
+        plugin.backward(losses())
 
-        times = alternate({"T backwards": plain, "surgery": surgery}, rounds)
-        first = summary(times["T backwards"])["median_ms"]
-        for name, values in times.items():
-            found = summary(values)
-            rows.add(
-                benchmark="overhead",
-                case=name,
-                T=tasks,
-                parameters=count,
-                **found,
-                added_ms=round(found["median_ms"] - first, 3),
-            )
+    return {"T backwards": plain, "surgery": surgery}
+
+
+def run(
+    rows: Rows,
+    *,
+    counts: Sequence[int],
+    tasks: Sequence[int],
+    rounds: int,
+    device: torch.device,
+) -> None:
+    """One row per T, number of parameters and kind."""
+    for tasks_count in tasks:
+        for count in counts:
+            fields: Row = {"benchmark": "overhead", "T": tasks_count, "parameters": count}
+            with rows.failures(**fields, case="chain"):
+                cases = chain(count, tasks_count, device)
+                measured = alternate(cases, rounds, device)
+                for case in cases:
+                    rows.add(
+                        **fields,
+                        **measured.row(case, over_T_backwards="T backwards"),
+                        added_ms=measured.added_ms(case, "T backwards"),
+                    )

@@ -1,89 +1,106 @@
-"""A whole ResNet18 training step with surgery beside the step that it replaces."""
+"""A whole training step with surgery beside the steps that it replaces."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torchvision.models import resnet18
 
-from benchmarks.measure import Rows, alternate, summary
+from benchmarks.measure import Case, alternate, lazily
+from benchmarks.models import GRAPHS, Problem, build
+from benchmarks.rows import Rows
 from gradsurgery import AdaptiveGradientSurgery
 
-__all__ = ["build", "run"]
-
-Step = Callable[[], None]
+__all__ = ["STEPS", "lazy_steps", "optimizer_of", "run"]
 
 
-def build(
-    graph: str, tasks: int, batch: int, pixels: int
-) -> tuple[nn.Module, Callable[[], list[Tensor]]]:
-    """A ResNet18 and its losses; "disjoint": images for each task, "shared": one batch for all."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model = resnet18(num_classes=tasks).to(device)
-    count = tasks if graph == "disjoint" else 1
-    images = [
-        torch.randn(batch, 3, pixels, pixels, generator=generator).to(device) for _ in range(count)
-    ]
-
-    def losses() -> list[Tensor]:
-        out = [model(image) for image in images]
-        # Targets of opposite sign, so that the tasks disagree.
-        return [(out[t % count][:, t] - (-1) ** t).square().mean() for t in range(tasks)]
-
-    return model, losses
+def optimizer_of(problem: Problem) -> torch.optim.Optimizer:
+    """SGD with momentum: what a step costs beyond the gradients should be little."""
+    return torch.optim.SGD(problem.parameters, lr=1e-4, momentum=0.9)
 
 
-def step_of(kind: str, graph: str, tasks: int, batch: int, pixels: int) -> Step:
-    """One training step: forward, backward in the manner of `kind`, SGD with momentum."""
-    model, losses = build(graph, tasks, batch, pixels)
-    base = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    plugin = AdaptiveGradientSurgery(base)
+def _plain(problem: Problem) -> Case:
+    base = optimizer_of(problem)
 
-    def one_sum() -> None:
+    def step() -> None:
         base.zero_grad()
-        torch.stack(losses()).sum().backward()
+        torch.stack(problem.losses()).sum().backward()  # type: ignore[no-untyped-call]
         base.step()
 
-    def one_by_one() -> None:
+    return step
+
+
+def _one_by_one(problem: Problem) -> Case:
+    base = optimizer_of(problem)
+    shared = len(problem.inputs) == 1
+
+    def step() -> None:
         base.zero_grad()
-        values = losses()
-        for t, loss in enumerate(values):
-            loss.backward(retain_graph=graph == "shared" and t < tasks - 1)
+        losses = problem.losses()
+        for t, loss in enumerate(losses):
+            loss.backward(retain_graph=shared and t < len(losses) - 1)  # type: ignore[no-untyped-call]
         base.step()
 
-    def surgery() -> None:
+    return step
+
+
+def _surgery(problem: Problem) -> Case:
+    plugin = AdaptiveGradientSurgery(optimizer_of(problem))
+
+    def step() -> None:
         plugin.zero_grad()
-        plugin.backward(losses())
+        plugin.backward(problem.losses())
         plugin.step()
 
-    return {"sum": one_sum, "T backwards": one_by_one, "surgery": surgery}[kind]
+    return step
 
 
-def run(rows: Rows, *, pairs: int, tasks: int, batch: int, pixels: int) -> None:
-    """The ratio is the median over pairs that ran one after the other."""
-    for graph in ("disjoint", "shared"):
-        kinds = ("sum", "T backwards", "surgery")
-        cases = {kind: step_of(kind, graph, tasks, batch, pixels) for kind in kinds}
-        times = alternate(cases, pairs)
-        for kind in kinds:
-            over = {
-                other: statistics.median(
-                    a / b for a, b in zip(times[kind], times[other], strict=True)
-                )
-                for other in ("sum", "T backwards")
-            }
+STEPS: dict[str, Callable[[Problem], Case]] = {
+    "sum": _plain,
+    "T backwards": _one_by_one,
+    "surgery": _surgery,
+}
+
+
+def lazy_steps(
+    kinds: Mapping[str, Callable[[Problem], Case]], problem: Callable[[], Problem]
+) -> dict[str, Case]:
+    """One case for each kind of step, each with a problem of its own."""
+
+    def make(kind: str) -> Case:
+        return kinds[kind](problem())
+
+    return {kind: lazily(partial(make, kind)) for kind in kinds}
+
+
+def run(
+    rows: Rows,
+    *,
+    models: Sequence[str],
+    tasks: Sequence[int],
+    batch: int,
+    pixels: int,
+    amp: bool,
+    rounds: int,
+    device: torch.device,
+) -> None:
+    """One row per model, graph, T and kind of step; each kind trains a model of its own."""
+    for model, graph, count in itertools.product(models, GRAPHS, tasks):
+        problem = partial(
+            build, model, graph, count, batch=batch, pixels=pixels, device=device, amp=amp
+        )
+        cases = lazy_steps(STEPS, problem)
+        measured = alternate(cases, rounds, device)
+        for kind in cases:
             rows.add(
                 benchmark="step",
-                case=f"{graph}: {kind}",
-                T=tasks,
+                model=model,
+                graph=graph,
+                T=count,
                 batch=batch,
-                pixels=pixels,
-                **summary(times[kind]),
-                over_sum=round(over["sum"], 3),
-                over_T_backwards=round(over["T backwards"], 3),
+                pixels=pixels if model == "resnet18" else None,
+                amp=amp,
+                **measured.row(kind, over_sum="sum", over_T_backwards="T backwards"),
             )

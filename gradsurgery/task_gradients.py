@@ -85,11 +85,15 @@ class TaskGradients:
 
     def gram(self, chosen: Sequence[bool], device: torch.device) -> tuple[Tensor, float]:
         """M over the chosen parameters, [T, T] float64 on `device`, and its relative accuracy."""
-        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
+        total: Tensor | None = None
         accuracy = torch.finfo(torch.float64).eps
         for segment in self._segments(chosen):
-            total += gram(segment).to(device, non_blocking=True)
+            part = gram(segment).to(device, non_blocking=True)
+            # Nearly always there is one segment, and then nothing to add.
+            total = part if total is None else total.add_(part)
             accuracy = max(accuracy, resolution(segment))
+        if total is None:
+            total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
         return total, accuracy
 
     def combine(self, chosen: Sequence[bool], weights: Tensor) -> None:

@@ -5,33 +5,58 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels import blocked, reference
+from gradsurgery.kernels import blocked, native, reference
+from gradsurgery.kernels._backend import BACKENDS, choose, on_triton, with_fallback
 
 __all__ = ["combine", "gram", "resolution"]
 
 
 # Each is one op to the dispatcher and to torch.compile.
 @torch.library.custom_op("gradsurgery::gram", mutates_args=())
-def _gram(rows: Tensor) -> Tensor:
-    return blocked.gram(rows)
+def _gram(rows: Tensor, backend: str) -> Tensor:
+    chosen = choose(rows, backend)
+    if chosen == "reference":
+        return reference.gram(rows)
+    if chosen == "native" and (backend == "native" or rows.shape[1] > blocked.SMALL):
+        return native.gram(rows)
+    if chosen != "triton":
+        return blocked.gram(rows)
+    from gradsurgery.kernels import triton_rows
+
+    if backend == "triton":
+        return triton_rows.gram(rows)
+    return with_fallback(lambda: triton_rows.gram(rows), lambda: blocked.gram(rows))
 
 
 @_gram.register_fake
-def _(rows: Tensor) -> Tensor:
+def _(rows: Tensor, backend: str) -> Tensor:
     return rows.new_empty((rows.shape[0], rows.shape[0]), dtype=torch.float64)
 
 
 @torch.library.custom_op("gradsurgery::combine_into", mutates_args=("out",))
-def _combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
-    blocked.combine_into(rows, weights, out)
+def _combine_into(rows: Tensor, weights: Tensor, out: Tensor, backend: str) -> None:
+    chosen = choose(rows, backend)
+    if chosen == "reference":
+        out.copy_(reference.combine(rows, weights))
+    elif chosen == "native":
+        native.combine_into(rows, weights, out)
+    elif chosen != "triton":
+        blocked.combine_into(rows, weights, out)
+    else:
+        from gradsurgery.kernels import triton_rows
+
+        if backend == "triton":
+            triton_rows.combine_into(rows, weights, out)
+        else:
+            with_fallback(
+                lambda: triton_rows.combine_into(rows, weights, out),
+                lambda: blocked.combine_into(rows, weights, out),
+            )
 
 
 @_combine_into.register_fake
-def _(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+def _(rows: Tensor, weights: Tensor, out: Tensor, backend: str) -> None:
     return None
-
-
-_BACKENDS = ("auto", "torch", "reference")
 
 
 @torch.no_grad()
@@ -42,15 +67,18 @@ def gram(gradients: Tensor, *, backend: str = "auto") -> Tensor:
         gradients: [T, D], one row per task; float16, bfloat16, float32, float64 or complex
             (a complex gradient counts as the vector of its real and imaginary parts). Rows may
             have any strides.
-        backend: "auto" and "torch" run blocked torch ops; "reference" runs the plain definition
-            in float64.
+        backend: "auto": Triton on CUDA, compiled C on the CPU, and where these are not there, or
+            do not take the rows, plain torch ops in blocks: "triton", "native", "torch". What is
+            asked for by name and cannot run raises. "reference": the definition, in float64.
 
     Returns:
         [T, T], float64, on the device of `gradients`. It does not require grad.
 
     Raises:
         TypeError: `gradients` is no floating-point or complex tensor.
-        ValueError: `gradients` is not [T, D] with T >= 1, or `backend` is unknown.
+        ValueError: `gradients` is not [T, D] with T >= 1; `backend` is unknown or does not take
+            these rows.
+        RuntimeError: `backend` was asked for by name and cannot run here.
 
     Example:
         >>> import torch
@@ -61,7 +89,8 @@ def gram(gradients: Tensor, *, backend: str = "auto") -> Tensor:
     _check_backend(backend)
     rows = _real_rows(gradients)
     with _full_precision(rows):
-        return reference.gram(rows) if backend == "reference" else _gram(rows)
+        product: Tensor = _gram(rows, backend)
+    return product
 
 
 @torch.no_grad()
@@ -82,7 +111,7 @@ def combine(
 
     Raises:
         TypeError: wrong dtype of `gradients` or `out`.
-        ValueError: shapes or devices that do not fit, or an unknown `backend`.
+        ValueError, RuntimeError: shapes or devices that do not fit; `backend` as in `gram`.
 
     Example:
         >>> import torch
@@ -123,20 +152,23 @@ def combine(
     result = out if direct else torch.empty_like(out, memory_format=torch.contiguous_format)
     target = torch.view_as_real(result).flatten() if out.is_complex() else result
     with _full_precision(rows):
-        if backend == "reference":
-            target.copy_(reference.combine(rows, weights))
-        else:
-            _combine_into(rows, weights, target)
+        _combine_into(rows, weights, target, backend)
     return out if direct else out.copy_(result)
 
 
 def resolution(gradients: Tensor) -> float:
     """How accurate `gram` of these rows is, relative to the product of two rows' norms.
 
-    float64 rounding where it sums in float64 (float64 rows, up to 65,536 columns, on CUDA), else
-    about 1e-8. Methods use it to tell a sum that cancelled from noise. It does not look at values.
+    float64 rounding where it sums in float64 (float64 rows; on the CPU up to 65,536 columns), else
+    what float32 sums over short pieces leave. Methods use it to tell a sum that cancelled from
+    noise. It does not look at values.
     """
-    return blocked.resolution(_real_rows(gradients))
+    rows = _real_rows(gradients)
+    if on_triton(rows.device, rows.shape[0]):
+        from gradsurgery.kernels import triton_rows
+
+        return triton_rows.resolution(rows)
+    return blocked.resolution(rows)
 
 
 def _full_precision(rows: Tensor) -> torch.autocast:
@@ -145,8 +177,8 @@ def _full_precision(rows: Tensor) -> torch.autocast:
 
 
 def _check_backend(backend: str) -> None:
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}; got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
 
 
 def _real_rows(gradients: Tensor) -> Tensor:

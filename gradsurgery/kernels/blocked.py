@@ -18,7 +18,7 @@ __all__ = ["combine_into", "gram", "resolution"]
 # two gradients nearly cancel; long enough to amortise a call.
 _GRAM_BLOCK = 512
 # Up to here everything is summed in float64, which then costs next to nothing.
-_SMALL = 1 << 16
+SMALL = 1 << 16
 # Elements that the products of blocks may take up at a time (4 MiB).
 _PRODUCTS = 1 << 20
 # Elements that are converted to a wider type at a time: on the CPU they stay in the cache.
@@ -30,7 +30,7 @@ _COMBINE_CHUNK = 1 << 20
 def gram(rows: Tensor) -> Tensor:
     """M = G Gᵀ: real [T, D] -> float64 [T, T]; products in float32 or better."""
     count, width = rows.shape
-    if width <= _SMALL or not _products_are_exact(rows):
+    if width <= SMALL or not _products_are_exact(rows):
         return _gram_widened(rows, torch.float64)
     if rows.dtype in (torch.float16, torch.bfloat16):
         return _gram_widened(rows, torch.float32)
@@ -43,7 +43,7 @@ def gram(rows: Tensor) -> Tensor:
 
 def resolution(rows: Tensor) -> float:
     """How accurate `gram` is, relative to the product of two norms."""
-    if rows.shape[1] <= _SMALL or rows.dtype == torch.float64 or not _products_are_exact(rows):
+    if rows.shape[1] <= SMALL or rows.dtype == torch.float64 or not _products_are_exact(rows):
         return torch.finfo(torch.float64).eps
     # float32 sums over blocks of 512, their errors averaged over at least 128 blocks. Products of
     # 16-bit numbers fall on a coarse grid, so that errors repeat and average less: 1.9e-7 measured

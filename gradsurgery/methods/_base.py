@@ -8,7 +8,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gradsurgery.kernels._backend import on_triton, with_fallback
+
 __all__ = ["Method", "check_number"]
+
+
+@torch.library.custom_op("gradsurgery::guard", mutates_args=())
+def _guard(gram: Tensor, weights: Tensor) -> Tensor:
+    """w, and NaN where any entry of M is not finite: [..., T, T], [..., T] -> [..., T]."""
+    if not on_triton(gram.device, gram.shape[-1]):
+        return _guard_plainly(gram, weights)
+    from gradsurgery.kernels import triton_tasks
+
+    return with_fallback(
+        lambda: triton_tasks.guard(gram, weights), lambda: _guard_plainly(gram, weights)
+    )
+
+
+@_guard.register_fake
+def _(gram: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty_like(weights)
+
+
+def _guard_plainly(gram: Tensor, weights: Tensor) -> Tensor:
+    finite = gram.isfinite().all(-1).all(-1)[..., None]
+    return torch.where(finite, weights, torch.nan)
 
 
 class Method(ABC):
@@ -58,8 +82,8 @@ class Method(ABC):
             solved = self._solve(exact, losses, generator, known)
             if not self.reads_gram:
                 return solved
-            finite = exact.isfinite().all(-1).all(-1)[..., None]
-            return torch.where(finite, solved, torch.nan)
+            guarded: Tensor = _guard(exact, solved)
+            return guarded
 
     @abstractmethod
     def _solve(

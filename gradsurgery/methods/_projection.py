@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gradsurgery.kernels._backend import on_triton
+
 __all__ = ["divide_or_zero", "draw_orders", "visits"]
 
 
@@ -38,6 +40,11 @@ def draw_orders(
     count = shape[-1]
     if count <= 2:
         return torch.arange(count, device=device).expand(*shape, count)
+    host = generator is None or generator.device.type == "cpu"
+    if host and on_triton(device, count):
+        seed = torch.randint(2**31, (), generator=generator)
+        drawn: Tensor = _orders_on_device(seed, list(shape), device, shared)
+        return drawn
     rows = 1 if shared else count
     source = generator.device if generator is not None else torch.device("cpu")
     noise = torch.rand(
@@ -45,6 +52,19 @@ def draw_orders(
     )
     # A few hundred bytes from the host: queued, not waited for.
     return noise.argsort(dim=-1).expand(*shape, count).to(device, non_blocking=True)
+
+
+# The host draws one number; a copy of the orders themselves could not be captured in a CUDA graph.
+@torch.library.custom_op("gradsurgery::draw_orders", mutates_args=())
+def _orders_on_device(seed: Tensor, shape: list[int], device: torch.device, shared: bool) -> Tensor:
+    from gradsurgery.kernels import triton_tasks
+
+    return triton_tasks.draw_orders(torch.Size(shape), device, shared=shared, seed=int(seed))
+
+
+@_orders_on_device.register_fake
+def _(seed: Tensor, shape: list[int], device: torch.device, shared: bool) -> Tensor:
+    return torch.empty(*shape, shape[-1], dtype=torch.int64, device=device)
 
 
 def visits(gram: Tensor, orders: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradsurgery.kernels._backend import on_triton, with_fallback
 from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders
 from gradsurgery.methods.pcgrad import project_conflicts
@@ -60,16 +61,41 @@ class AGS(Method):
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=True, generator=generator)
         projected: Tensor = project_conflicts(gram, orders)
-        before = _square_norm(gram, torch.ones_like(projected))
-        after = _square_norm(gram, projected)
-        norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        scale = divide_or_zero(before.clamp(min=0), after).sqrt()
-        if self.max_scale is not None:
-            scale = scale.clamp(max=self.max_scale)
         # Each of the terms w_i M_ij w_j is good to `resolution`.
-        noise = 4 * resolution * (projected.abs() * norms).sum(-1).square()
-        scale = torch.where(after <= noise, 1.0, scale)
-        return projected * scale[..., None]
+        rescaled: Tensor = rescale(gram, projected, self.max_scale, 4 * resolution)
+        return rescaled
+
+
+@torch.library.custom_op("gradsurgery::rescale", mutates_args=())
+def rescale(gram: Tensor, weights: Tensor, max_scale: float | None, noise: float) -> Tensor:
+    """w · sqrt(1ᵀM1 / wᵀMw), [..., T, T], [..., T] -> [..., T].
+
+    Where wᵀMw is within `noise` of its terms nothing is left to be scaled, and w stays.
+    """
+    if not on_triton(gram.device, gram.shape[-1]):
+        return _rescale(gram, weights, max_scale, noise)
+    from gradsurgery.kernels import triton_tasks
+
+    return with_fallback(
+        lambda: triton_tasks.rescale(gram, weights, max_scale, noise),
+        lambda: _rescale(gram, weights, max_scale, noise),
+    )
+
+
+@rescale.register_fake
+def _(gram: Tensor, weights: Tensor, max_scale: float | None, noise: float) -> Tensor:
+    return torch.empty_like(weights)
+
+
+def _rescale(gram: Tensor, weights: Tensor, max_scale: float | None, noise: float) -> Tensor:
+    before = _square_norm(gram, torch.ones_like(weights))
+    after = _square_norm(gram, weights)
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    scale = divide_or_zero(before.clamp(min=0), after).sqrt()
+    if max_scale is not None:
+        scale = scale.clamp(max=max_scale)
+    left = after > noise * (weights.abs() * norms).sum(-1).square()
+    return weights * torch.where(left, scale, 1.0)[..., None]
 
 
 def _square_norm(gram: Tensor, weights: Tensor) -> Tensor:

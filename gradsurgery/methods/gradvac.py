@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gradsurgery.kernels._backend import on_triton, with_fallback
 from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
@@ -18,7 +19,27 @@ _MAX_TARGET_COSINE = 1 - 1e-6
 
 @torch.library.custom_op("gradsurgery::vaccinate", mutates_args=())
 def vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Coefficients of the sum of the altered gradients, [..., T], and the new targets."""
+    """Coefficients of the sum of the altered gradients, [..., T], and the new targets.
+
+    A Gram matrix that is not finite leaves its targets as they were.
+    """
+    if not on_triton(gram.device, gram.shape[-1]):
+        return _vaccinate(gram, orders, target, beta)
+    from gradsurgery.kernels import triton_tasks
+
+    return with_fallback(
+        lambda: triton_tasks.vaccinate(gram, orders, target, beta, _MAX_TARGET_COSINE),
+        lambda: _vaccinate(gram, orders, target, beta),
+    )
+
+
+@vaccinate.register_fake
+def _(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    return gram.new_empty(gram.shape[:-1]), torch.empty_like(target)
+
+
+def _vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    before, finite = target, gram.isfinite().all(-1).all(-1)[..., None, None]
     target = target.clone()
     altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     altered = altered.clone()
@@ -37,12 +58,7 @@ def vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tupl
         altered.scatter_add_(-1, partner, added[..., None])
         moved = torch.where(defined, wanted + beta * (cosine - wanted), wanted)
         target.scatter_(-1, partner, moved[..., None])
-    return altered.sum(-2), target
-
-
-@vaccinate.register_fake
-def _(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    return gram.new_empty(gram.shape[:-1]), torch.empty_like(target)
+    return altered.sum(-2), torch.where(finite, target, before)
 
 
 class GradVac(Method):
@@ -99,11 +115,9 @@ class GradVac(Method):
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
         if self._target is None:
             self._target = torch.zeros_like(gram)
-        before = self._target.to(gram.device, non_blocking=True)
+        target = self._target.to(gram.device, non_blocking=True)
         weights: Tensor
-        weights, target = vaccinate(gram, orders, before, self.beta)
-        finite = gram.isfinite().all(-1).all(-1)[..., None, None]
-        self._target = torch.where(finite, target, before)
+        weights, self._target = vaccinate(gram, orders, target, self.beta)
         return weights
 
     def state_dict(self) -> dict[str, Any]:

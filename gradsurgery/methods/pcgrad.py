@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradsurgery.kernels._backend import on_triton, with_fallback
 from gradsurgery.methods._base import Method
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
@@ -21,6 +22,19 @@ def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
     Row i of c holds the coefficients of ĝ_i = Σ_k c_ik g_k, starting from c = I. Where
     d = ĝ_i·g_j < 0, c_ij -= d / M_jj. The result is the column sums of c.
     """
+    if not on_triton(gram.device, gram.shape[-1]):
+        return _project(gram, orders)
+    from gradsurgery.kernels import triton_tasks
+
+    return with_fallback(lambda: triton_tasks.project(gram, orders), lambda: _project(gram, orders))
+
+
+@project_conflicts.register_fake
+def _(gram: Tensor, orders: Tensor) -> Tensor:
+    return gram.new_empty(gram.shape[:-1])
+
+
+def _project(gram: Tensor, orders: Tensor) -> Tensor:
     altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).repeat(
         *gram.shape[:-2], 1, 1
     )
@@ -29,11 +43,6 @@ def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
         removed = torch.where((dot < 0) & other, divide_or_zero(-dot, square), 0.0)
         altered.scatter_add_(-1, partner, removed[..., None])
     return altered.sum(-2)
-
-
-@project_conflicts.register_fake
-def _(gram: Tensor, orders: Tensor) -> Tensor:
-    return gram.new_empty(gram.shape[:-1])
 
 
 class PCGrad(Method):

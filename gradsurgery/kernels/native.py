@@ -1,0 +1,81 @@
+"""Both kernels in C for float32 rows on the CPU, where the package was built with a compiler.
+
+`csrc/native.c` is the other side. It is compiled when the package is installed; without it, and
+for whatever it does not take, the CPU runs `blocked`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["available", "combine_into", "gram", "takes"]
+
+_MOST_ROWS = 64
+# The instruction set that the library may use: 0 what this processor has, 1 any, 2 up to AVX2.
+_limit = 0
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    found = importlib.util.find_spec("gradsurgery.kernels._native")
+    if found is None or found.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError:
+        return None
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    matrix: list[Any] = [pointer, long, long, long, integer, integer]
+    library.gradsurgery_gram.argtypes = [*matrix, pointer]
+    library.gradsurgery_gram.restype = integer
+    library.gradsurgery_combine.argtypes = [*matrix, pointer, pointer]
+    library.gradsurgery_combine.restype = None
+    return library
+
+
+def available() -> bool:
+    """Whether the library was built and can be loaded."""
+    return _library() is not None
+
+
+def takes(rows: Tensor) -> bool:
+    """Whether these rows can be read: float32 on the CPU, T <= 64, each row without gaps."""
+    plain = rows.device.type == "cpu" and rows.dtype == torch.float32
+    return plain and rows.shape[0] <= _MOST_ROWS and (rows.stride(1) == 1 or rows.shape[1] < 2)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """M = G Gᵀ: float32 [T, D] -> float64 [T, T]; float32 over 64 terms, float64 from there on."""
+    out = torch.empty(rows.shape[0], rows.shape[0], dtype=torch.float64)
+    if _loaded().gradsurgery_gram(*_matrix(rows), out.data_ptr()):
+        raise MemoryError("no memory for the partial sums of the Gram matrix")
+    return out
+
+
+def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """out = Gᵀ w, summed in float64: [T, D], [T] -> [D]; `out` may be a row of G."""
+    factors = weights.to(torch.float64).contiguous()
+    target = out if out.stride(0) == 1 or out.numel() < 2 else torch.empty_like(out).contiguous()
+    _loaded().gradsurgery_combine(*_matrix(rows), factors.data_ptr(), target.data_ptr())
+    if target is not out:
+        out.copy_(target)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError(
+            "the compiled CPU kernels are not there: install gradsurgery where a C compiler with "
+            'OpenMP is at hand, or use backend="torch"'
+        )
+    return library
+
+
+def _matrix(rows: Tensor) -> tuple[int, ...]:
+    return rows.data_ptr(), *rows.shape, rows.stride(0), torch.get_num_threads(), _limit

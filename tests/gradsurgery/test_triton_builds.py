@@ -1,0 +1,102 @@
+"""Without a GPU: every Triton kernel compiles for sm_80 and sm_90, and runs in the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+triton_rows = pytest.importorskip("gradsurgery.kernels.triton_rows")
+triton_tasks = pytest.importorskip("gradsurgery.kernels.triton_tasks")
+
+HERE = Path(__file__).parent
+TYPES = ["fp16", "bf16", "fp32", "fp64"]
+
+
+def compiled(kernel: Any, types: list[str], constants: dict[str, Any], capability: int) -> bytes:
+    """The machine code of a kernel, as its launch with arguments of these types would make it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
+    ordered = {name: signature[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, signature=ordered, constexprs=constants)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    # What an H100 has for one block; an A100 has 163 KiB.
+    assert built.metadata.shared <= 160 * 1024
+    code: bytes = built.asm["cubin"]
+    return code
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("count", [2, 7, 16, 64])
+def test_kernels_on_rows_compile(count: int, dtype: str, capability: int) -> None:
+    import triton.language as tl
+
+    padded = triton.next_power_of_2(count)
+    rows, wide = f"*{dtype}", dtype == "fp64"
+    for kind, index in (("i32", "i32"), ("i64", "i64")):
+        shared = {"T": count, "P": padded, "B": triton_rows._COLUMNS[padded] // (2 if wide else 1)}
+        shared["ACC"] = tl.float64 if wide else tl.float32
+        types = [rows, "*fp64", kind, index, "i32"]
+        if padded > 8:
+            kernel = triton_rows.gram_by_products
+            shared["PRECISION"] = "tf32x3" if dtype in ("fp32", "fp64") else "tf32"
+        else:
+            kernel, shared["INNER"] = triton_rows.gram_by_lanes, triton_rows._INNER
+        assert compiled(kernel, types, shared, capability)
+        wider = tl.float64 if dtype in ("fp32", "fp64") else tl.float32
+        constants = {"T": count, "B": triton_rows._COMBINE_COLUMNS, "ACC": wider}
+        types = [rows, "*fp64", rows, kind, index, "i32", "i32"]
+        assert compiled(triton_rows.combine_rows, types, constants, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("count", [2, 64])
+def test_small_kernels_compile(count: int, capability: int) -> None:
+    padded = triton.next_power_of_2(count)
+    sizes: dict[str, Any] = {"T": count, "P": padded}
+    number, order = "*fp64", "*i64"
+    cases: list[tuple[Any, list[str], dict[str, Any]]] = [
+        (triton_rows.sum_partials, [number, number, "i32"], {"N": 1024 // padded}),
+        (triton_tasks.project_row, [number, order, number], {}),
+        (
+            triton_tasks.vaccinate_row,
+            [number, order, number, number, number],
+            {"BETA": 0.01, "MOST": 1 - 1e-6},
+        ),
+        (triton_tasks.sum_rows, [number, number], {}),
+        (triton_tasks.rescale_one, [number] * 3, {"LIMIT": None, "NOISE": 1e-8}),
+        (triton_tasks.rescale_one, [number] * 3, {"LIMIT": 2.0, "NOISE": 1e-8}),
+        (triton_tasks.guard_one, [number] * 3, {}),
+    ]
+    for shared in (True, False):
+        for captured in (True, False):
+            constants = {"SHARED": shared, "CAPTURED": captured}
+            cases.append((triton_tasks.random_orders, [order, "i32", order], constants))
+    for kernel, types, constants in cases:
+        assert compiled(kernel, types, constants | sizes, capability)
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """`test_triton.py`, in a process where Triton runs on the CPU from the start."""
+    pytest.importorskip("numpy")
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "test_triton.py")]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "skipped" not in done.stdout
