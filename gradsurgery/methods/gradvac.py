@@ -115,9 +115,11 @@ class GradVac(Method):
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
         if self._target is None:
             self._target = torch.zeros_like(gram)
-        target = self._target.to(gram.device, non_blocking=True)
+        self._target = self._target.to(gram.device, non_blocking=True)
         weights: Tensor
-        weights, self._target = vaccinate(gram, orders, target, self.beta)
+        weights, moved = vaccinate(gram, orders, self._target, self.beta)
+        # In place: a captured CUDA graph reads and writes the same memory at every replay.
+        self._target.copy_(moved)
         return weights
 
     def state_dict(self) -> dict[str, Any]:

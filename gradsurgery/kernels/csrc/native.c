@@ -8,6 +8,7 @@ enum {
     MAX_ROWS = 64,
     SEGMENT = 1024, /* columns at a time: 64 rows of them stay in the second-level cache */
     PARTS = 64,     /* fixed, so that the result does not depend on the number of threads */
+    GRAIN = 65536,  /* elements below which waking other threads costs more than it saves */
 };
 
 struct matrix {
@@ -81,7 +82,7 @@ int gradsurgery_gram(const float *rows, long count, long width, long stride, int
     gram_function *gram;
     combine_function *combine;
     choose(limit, &gram, &combine);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (count * width > GRAIN)
     for (long part = 0; part < PARTS; part++)
         gram(&g, part_start(width, part), part_start(width, part + 1), partial + part * size);
     for (long i = 0; i < count; i++)
@@ -102,7 +103,7 @@ void gradsurgery_combine(const float *rows, long count, long width, long stride,
     gram_function *gram;
     combine_function *combine;
     choose(limit, &gram, &combine);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (count * width > GRAIN)
     for (long part = 0; part < PARTS; part++)
         combine(&g, weights, out, part_start(width, part), part_start(width, part + 1));
 }
