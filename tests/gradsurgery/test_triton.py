@@ -96,7 +96,7 @@ def test_both_agree_with_the_definition(count: int, width: int, dtype: torch.dty
     check(rows(count, width, dtype))
 
 
-@pytest.mark.parametrize("count", [2, 7, 9])
+@pytest.mark.parametrize("count", [2, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_wide_rows_are_summed_in_float32_first(count: int, dtype: torch.dtype) -> None:
     check(rows(count, 66_001, dtype))
