@@ -1,13 +1,9 @@
-"""The benchmarks are not installed: they are imported from the checkout, and use one thread."""
+"""Benchmarks in tests use one thread."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 @pytest.fixture(autouse=True)
