@@ -75,6 +75,8 @@ def with_fallback(fast: Callable[[], _Result], plain: Callable[[], _Result]) -> 
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise
         _refuse(f"{type(error).__name__}: {error}")
         return plain()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import on_triton
+from gradsurgery.kernels._backend import on_triton, with_fallback
 
 __all__ = ["divide_or_zero", "draw_orders", "visits"]
 
@@ -45,7 +45,13 @@ def draw_orders(
         seed = torch.randint(2**31, (), generator=generator)
         drawn: Tensor = _orders_on_device(seed, list(shape), device, shared)
         return drawn
-    rows = 1 if shared else count
+    return _shuffle(shape, device, shared, generator)
+
+
+def _shuffle(
+    shape: torch.Size, device: torch.device, shared: bool, generator: torch.Generator | None
+) -> Tensor:
+    rows, count = 1 if shared else shape[-1], shape[-1]
     source = generator.device if generator is not None else torch.device("cpu")
     noise = torch.rand(
         *shape[:-1], rows, count, generator=generator, dtype=torch.float64, device=source
@@ -59,7 +65,11 @@ def draw_orders(
 def _orders_on_device(seed: Tensor, shape: list[int], device: torch.device, shared: bool) -> Tensor:
     from gradsurgery.kernels import triton_tasks
 
-    return triton_tasks.draw_orders(torch.Size(shape), device, shared=shared, seed=int(seed))
+    size, start = torch.Size(shape), int(seed)
+    return with_fallback(
+        lambda: triton_tasks.draw_orders(size, device, shared=shared, seed=start),
+        lambda: _shuffle(size, device, shared, torch.Generator().manual_seed(start)),
+    )
 
 
 @_orders_on_device.register_fake

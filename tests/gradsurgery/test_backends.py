@@ -115,6 +115,8 @@ def test_triton_that_does_not_work_is_said_once(
     with caplog.at_level(logging.WARNING, logger="gradsurgery"):
         for _ in range(3):
             # No GPU, or none that sees CPU tensors: the launch itself fails.
+            weights = methods.PCGrad().weights(torch.eye(3))
+            torch.testing.assert_close(weights, torch.ones(3).double())
             torch.testing.assert_close(aggregate(gradients, "sum"), gradients.sum(0))
             aggregate(gradients)
     assert len(caplog.records) == 1

@@ -243,6 +243,25 @@ def test_invariant_5_no_growth_with_parameters_nor_tasks(method: str) -> None:
     assert base.total() <= 80
 
 
+@pytest.mark.parametrize("method", NAMES)
+def test_invariant_5_the_same_calls_on_fake_cuda(method: str) -> None:
+    """From filled rows to p.grad, whatever T (from 3 on an order is drawn) and the parameters."""
+    found = []
+    for tasks, count in ((3, 2), (3, 40), (17, 2)):
+        with FakeTensorMode():
+            parameters = [nn.Parameter(torch.zeros(4, 4, device="cuda")) for _ in range(count)]
+            plugin = AdaptiveGradientSurgery(torch.optim.SGD(parameters, lr=0.1), method)
+            surgery = plugin._surgery
+            for _ in range(2):
+                surgery._gradients.arrange(parameters, tasks, [True] * count, keep=False)
+                names = tuple(map(str, range(tasks)))
+                with recorded() as ours:
+                    surgery._operate(names, [(1 << tasks) - 1] * count, torch.device("cuda"))
+        # prim: questions that fake tensors answer without running anything.
+        found.append(Counter(n for n in ours.names() if not n.startswith("prim::")))
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("scope", ["shared", "all"])
 def test_invariant_6_gradients_as_autograd_leaves_them(scope: str) -> None:
     """None, dtype, device, shape, strides; and what was there is added to."""
