@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def choose(rows: Tensor, backend: str) -> str:
     if backend == "triton":
         if not _runs_triton(rows.device):
             raise RuntimeError(f'backend="triton" needs tensors on CUDA; got {rows.device}')
-        if not _has_triton():
-            raise RuntimeError('backend="triton" needs the package triton, which is not installed')
+        if _import_error() is not None:
+            raise RuntimeError(f'backend="triton" needs the package triton: {_import_error()}')
         if rows.shape[0] > _MOST_ROWS:
             raise ValueError(f'backend="triton" takes up to 64 rows; got {rows.shape[0]}')
     if backend == "native":
@@ -60,8 +60,9 @@ def on_triton(device: torch.device, count: int) -> bool:
     """Whether "auto" runs Triton kernels there for T tasks; says so once where it cannot."""
     if count > _MOST_ROWS or not _runs_triton(device) or _refused is not None:
         return False
-    if not _has_triton():
-        _refuse("the package triton is not installed")
+    error = _import_error()
+    if error is not None:
+        _refuse(error)
         return False
     return True
 
@@ -82,8 +83,13 @@ def with_fallback(fast: Callable[[], _Result], plain: Callable[[], _Result]) -> 
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _import_error() -> str | None:
+    """Why Triton's kernels cannot be imported, if they cannot: it may be broken, or not there."""
+    try:
+        importlib.import_module("gradsurgery.kernels.triton_tasks")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _refuse(reason: str) -> None:

@@ -123,6 +123,22 @@ def test_triton_that_does_not_work_is_said_once(
     assert "runs on plain torch ops" in caplog.text
 
 
+def test_no_triton_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_backend, "_refused", None)
+    monkeypatch.setattr(_backend, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(_backend, "_import_error", lambda: "ImportError: no triton")
+    with caplog.at_level(logging.WARNING, logger="gradsurgery"):
+        for _ in range(2):
+            aggregate(rows(3, 50))
+    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+        "ImportError: no triton"
+    ]
+    with pytest.raises(RuntimeError, match="needs the package triton: ImportError"):
+        kernels.gram(rows(3, 50), backend="triton")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cosine", [-0.9999, 0.9999])
 def test_a_hundred_million_columns_with_norms_far_apart(cosine: float) -> None:
