@@ -113,8 +113,7 @@ def gram(rows: Tensor) -> Tensor:
     """M = G Gᵀ: real [T, D] with any strides, T <= 64 -> float64 [T, T]. Two launches."""
     count, width = rows.shape
     padded = triton.next_power_of_2(count)
-    # A few columns in float64 cost next to nothing, and their rounding would not average out.
-    wide = rows.dtype == torch.float64 or width <= SMALL
+    wide = _in_float64(rows)
     columns = _COLUMNS[padded] // (2 if wide else 1)
     most = _PROGRAMS_LARGE if padded > 8 else _PROGRAMS_SMALL
     programs = max(min(triton.cdiv(width, columns), most), 1)
@@ -145,10 +144,17 @@ def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
 
 def resolution(rows: Tensor) -> float:
     """How accurate `gram` is, relative to the product of two rows' norms."""
-    if rows.dtype == torch.float64 or rows.shape[1] <= SMALL:
+    if _in_float64(rows):
         return torch.finfo(torch.float64).eps
     # Tensor cores round towards zero, so that errors of a tile do not cancel.
     return 1e-6 if rows.shape[0] > 8 else 4e-7 if rows.dtype.itemsize == 2 else 1e-8
+
+
+def _in_float64(rows: Tensor) -> bool:
+    # A few columns in float64 cost next to nothing, and their rounding would not average out. A
+    # matrix product of float64 cannot be compiled where 16-bit numbers are loaded for it.
+    halves_on_tensor_cores = rows.dtype.itemsize == 2 and rows.shape[0] > 8
+    return rows.dtype == torch.float64 or (rows.shape[1] <= SMALL and not halves_on_tensor_cores)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:

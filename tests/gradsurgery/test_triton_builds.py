@@ -46,8 +46,10 @@ def test_kernels_on_rows_compile(count: int, dtype: str, capability: int) -> Non
 
     padded = triton.next_power_of_2(count)
     rows = f"*{dtype}"
-    # A few columns are summed in float64 whatever their type; many need 64-bit offsets.
-    for index, wide in (("i32", True), ("i32", dtype == "fp64"), ("i64", dtype == "fp64")):
+    double = dtype == "fp64"
+    few_in_float64 = double or count <= 8 or dtype == "fp32"
+    # A few columns are summed in float64; many need 64-bit offsets.
+    for index, wide in (("i32", few_in_float64), ("i32", double), ("i64", double)):
         shared = {"T": count, "P": padded, "B": triton_rows._COLUMNS[padded] // (2 if wide else 1)}
         shared["ACC"] = tl.float64 if wide else tl.float32
         types = [rows, "*fp64", index, index, "i32"]
