@@ -159,9 +159,9 @@ def combine(
 def resolution(gradients: Tensor) -> float:
     """How accurate `gram` of these rows is, relative to the product of two rows' norms.
 
-    float64 rounding where it sums in float64 (float64 rows; on the CPU up to 65,536 columns), else
-    what float32 sums over short pieces leave. Methods use it to tell a sum that cancelled from
-    noise. It does not look at values.
+    float64 rounding where it sums in float64 (float64 rows; up to 65,536 columns, but for 16-bit
+    rows of more than eight tasks on CUDA), else what float32 sums over short pieces leave. Methods
+    use it to tell a sum that cancelled from noise. It does not look at values.
     """
     rows = _real_rows(gradients)
     if on_triton(rows.device, rows.shape[0]):

@@ -69,11 +69,7 @@ def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
 
 def _loaded() -> ctypes.CDLL:
     library = _library()
-    if library is None:
-        raise RuntimeError(
-            "the compiled CPU kernels are not there: install gradsurgery where a C compiler with "
-            'OpenMP is at hand, or use backend="torch"'
-        )
+    assert library is not None, "ask available() first"
     return library
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import on_triton, with_fallback
+from gradsurgery.kernels._backend import solve_step
 
 __all__ = ["Method", "check_number"]
 
@@ -16,13 +16,7 @@ __all__ = ["Method", "check_number"]
 @torch.library.custom_op("gradsurgery::guard", mutates_args=())
 def _guard(gram: Tensor, weights: Tensor) -> Tensor:
     """w, and NaN where any entry of M is not finite: [..., T, T], [..., T] -> [..., T]."""
-    if not on_triton(gram.device, gram.shape[-1]):
-        return _guard_plainly(gram, weights)
-    from gradsurgery.kernels import triton_tasks
-
-    return with_fallback(
-        lambda: triton_tasks.guard(gram, weights), lambda: _guard_plainly(gram, weights)
-    )
+    return solve_step("guard", _guard_plainly, gram, weights)
 
 
 @_guard.register_fake

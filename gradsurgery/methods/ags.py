@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import on_triton, with_fallback
+from gradsurgery.kernels._backend import solve_step
 from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders
 from gradsurgery.methods.pcgrad import project_conflicts
@@ -72,14 +72,7 @@ def rescale(gram: Tensor, weights: Tensor, max_scale: float | None, noise: float
 
     Where wᵀMw is within `noise` of its terms nothing is left to be scaled, and w stays.
     """
-    if not on_triton(gram.device, gram.shape[-1]):
-        return _rescale(gram, weights, max_scale, noise)
-    from gradsurgery.kernels import triton_tasks
-
-    return with_fallback(
-        lambda: triton_tasks.rescale(gram, weights, max_scale, noise),
-        lambda: _rescale(gram, weights, max_scale, noise),
-    )
+    return solve_step("rescale", _rescale, gram, weights, max_scale, noise)
 
 
 @rescale.register_fake

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import on_triton, with_fallback
+from gradsurgery.kernels._backend import solve_step
 from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
@@ -23,14 +23,7 @@ def vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tupl
 
     A Gram matrix that is not finite leaves its targets as they were.
     """
-    if not on_triton(gram.device, gram.shape[-1]):
-        return _vaccinate(gram, orders, target, beta)
-    from gradsurgery.kernels import triton_tasks
-
-    return with_fallback(
-        lambda: triton_tasks.vaccinate(gram, orders, target, beta, _MAX_TARGET_COSINE),
-        lambda: _vaccinate(gram, orders, target, beta),
-    )
+    return solve_step("vaccinate", _vaccinate, gram, orders, target, beta, _MAX_TARGET_COSINE)
 
 
 @vaccinate.register_fake
@@ -38,7 +31,9 @@ def _(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor
     return gram.new_empty(gram.shape[:-1]), torch.empty_like(target)
 
 
-def _vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _vaccinate(
+    gram: Tensor, orders: Tensor, target: Tensor, beta: float, most: float
+) -> tuple[Tensor, Tensor]:
     before, finite = target, gram.isfinite().all(-1).all(-1)[..., None, None]
     target = target.clone()
     altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
@@ -50,7 +45,7 @@ def _vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tup
         defined = other & (length > 0) & (norm > 0)
         cosine = divide_or_zero((altered * column).sum(-1), length * norm).clamp(-1, 1)
         wanted = target.gather(-1, partner).squeeze(-1)
-        limited = wanted.clamp(-_MAX_TARGET_COSINE, _MAX_TARGET_COSINE)
+        limited = wanted.clamp(-most, most)
         sine = (1 - limited.square()).sqrt()
         pull = limited * (1 - cosine.square()).sqrt() - cosine * sine
         added = divide_or_zero(length * pull, norm * sine)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import on_triton, with_fallback
+from gradsurgery.kernels._backend import solve_step
 from gradsurgery.methods._base import Method
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
@@ -22,11 +22,7 @@ def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
     Row i of c holds the coefficients of ĝ_i = Σ_k c_ik g_k, starting from c = I. Where
     d = ĝ_i·g_j < 0, c_ij -= d / M_jj. The result is the column sums of c.
     """
-    if not on_triton(gram.device, gram.shape[-1]):
-        return _project(gram, orders)
-    from gradsurgery.kernels import triton_tasks
-
-    return with_fallback(lambda: triton_tasks.project(gram, orders), lambda: _project(gram, orders))
+    return solve_step("project", _project, gram, orders)
 
 
 @project_conflicts.register_fake

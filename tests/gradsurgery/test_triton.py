@@ -169,7 +169,7 @@ def test_the_small_kernels_against_torch_ops(count: int) -> None:
     gram = grams(count, opposing=False)
     gram[1, 1, 0, 0] = torch.nan
     found = gradvac.vaccinate(gram, orders, target, 0.01)
-    wanted = gradvac._vaccinate(gram, orders, target, 0.01)
+    wanted = gradvac._vaccinate(gram, orders, target, 0.01, gradvac._MAX_TARGET_COSINE)
     assert torch.equal(found[1][1, 1], target[1, 1])
     finite = gram.isfinite().all(-1).all(-1)
     torch.testing.assert_close(found[0][finite], wanted[0][finite], **close)
