@@ -21,8 +21,9 @@ _SPARSE_FLAGS = {
 # torch frees a chain of nodes that Python has looked at recursively: at 50,000 in a row the process
 # runs out of stack (measured with torch 2.15; 20,000 survived). So deeper graphs are not looked at.
 _MAX_DEPTH = 10_000
-# A node written in Python whose inputs are all it reaches: what torch.compile makes.
-_TRANSPARENT = "CompiledFunctionBackward"
+# Nodes written in Python whose inputs are all they reach: what torch.compile makes, and what
+# DistributedDataParallel puts on the outputs.
+_TRANSPARENT = {"CompiledFunctionBackward", "_DDPSinkBackward"}
 
 
 @dataclass
@@ -46,10 +47,12 @@ class GraphSurvey:
         return self.leaves.get(id(leaf), (leaf, 0))[1]
 
 
-def survey(losses: Sequence[Tensor]) -> GraphSurvey:
+def survey(losses: Sequence[Tensor | None]) -> GraphSurvey:
     """Walk the graphs of all losses once: O(nodes), whatever the number of tasks."""
     masks: dict[Node, int] = {}
     for task, loss in enumerate(losses):
+        if loss is None:
+            continue
         root = get_gradient_edge(loss).node
         masks[root] = masks.get(root, 0) | 1 << task
     order = _topological_order(list(masks))
@@ -117,7 +120,7 @@ def _topological_order(roots: list[Node]) -> list[Node] | None:
 
 def _is_opaque(node: Node) -> bool:
     written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
-    return written_in_python and node.name() != _TRANSPARENT
+    return written_in_python and node.name() not in _TRANSPARENT
 
 
 def _makes_sparse(node: Node) -> bool:

@@ -9,15 +9,18 @@ from torch import Tensor
 
 __all__ = ["read_losses"]
 
-Losses = Sequence[Tensor] | Mapping[str, Tensor]
+Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
 
-def read_losses(losses: Losses, devices: set[torch.device]) -> tuple[tuple[str, ...], list[Tensor]]:
+def read_losses(
+    losses: Losses, devices: set[torch.device], *, absent: bool = False
+) -> tuple[tuple[str, ...], list[Tensor | None]]:
     """Names and losses, checked.
 
     Args:
         losses: a sequence of 0-dim tensors, or a mapping from names to them.
         devices: where the parameters under surgery live.
+        absent: whether None may stand for a task of which this process has no sample.
 
     Raises:
         TypeError: not a sequence or mapping of tensors.
@@ -33,7 +36,7 @@ def read_losses(losses: Losses, devices: set[torch.device]) -> tuple[tuple[str, 
         raise ValueError("losses is empty; backward needs at least one loss")
     if isinstance(losses, Mapping):
         names = tuple(str(name) for name in losses)
-        tensors = list(losses.values())
+        tensors: list[Tensor | None] = list(losses.values())
     else:
         names = tuple(f"task_{index}" for index in range(len(losses)))
         tensors = list(losses)
@@ -41,7 +44,8 @@ def read_losses(losses: Losses, devices: set[torch.device]) -> tuple[tuple[str, 
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"losses has two tasks under one name: {', '.join(twice)}")
     for name, loss in zip(names, tensors, strict=True):
-        _check_loss(name, loss, devices)
+        if loss is not None or not absent:
+            _check_loss(name, loss, devices)
     return names, tensors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from torch.utils.hooks import RemovableHandle
 
 from gradsurgery._graph import GraphSurvey
 
-__all__ = ["check_parameters", "refuse_sparse"]
+__all__ = ["check_gradients", "check_parameters", "check_replicated", "name_of", "refuse_sparse"]
 
 
 def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: GraphSurvey) -> None:
     """Check what a backward would meet.
 
     Raises:
-        ValueError: a sparse gradient, or gradients of another dtype than the parameter's.
-        NotImplementedError: a DTensor.
+        ValueError: a sparse gradient, gradients of another dtype than the parameter's, DTensors
+            that are neither sharded nor replicated, or DTensors beside plain parameters.
     """
     sparse = {id(leaf) for leaf in seen.sparse}
     for p in parameters:
@@ -27,13 +27,74 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
             raise _sparse_error(p, optimizer)
         if getattr(p, "grad_dtype", None) not in (None, p.dtype):
             raise ValueError(
-                f"parameter {_name_of(p, optimizer)} has dtype {p.dtype} and grad_dtype "
+                f"parameter {name_of(p, optimizer)} has dtype {p.dtype} and grad_dtype "
                 f"{p.grad_dtype}; surgery needs gradients of the parameter's own dtype"
             )
+        placements = getattr(p, "placements", ())
+        if any(placement.is_partial() for placement in placements):
+            raise ValueError(
+                f"parameter {name_of(p, optimizer)} has the placements {placements}; surgery "
+                "takes DTensors that are sharded or replicated"
+            )
+    sharded = [hasattr(p, "device_mesh") for p in parameters]
+    if any(sharded) and not all(sharded):
+        p = parameters[sharded.index(False)]
+        raise ValueError(
+            f"parameter {name_of(p, optimizer)} is no DTensor while others are: its gradient "
+            "would stay this process's own; call fully_shard on the root module too"
+        )
+
+
+def check_replicated(
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    seen: GraphSurvey,
+    others: Mapping[int, Tensor],
+) -> None:
+    """Check what the mean over processes would meet.
+
+    Raises:
+        ValueError: a DTensor; a parameter of DistributedDataParallel's own mixed precision; a
+            loss that reaches a parameter which neither this optimizer nor another plugin holds.
+    """
+    for p in parameters:
         if hasattr(p, "device_mesh"):
-            raise NotImplementedError(
-                f"parameter {_name_of(p, optimizer)} is a DTensor; sharded parameters are not "
-                "supported in this version"
+            raise ValueError(
+                f"parameter {name_of(p, optimizer)} is a DTensor, which brings its own mesh: leave "
+                "process_group out"
+            )
+        if hasattr(p, "_mp_param"):
+            raise ValueError(
+                "DistributedDataParallel's mixed_precision casts gradients in hooks that do not "
+                "run here; use torch.autocast"
+            )
+    own = {id(p) for p in parameters}
+    for key, (leaf, _) in seen.leaves.items():
+        if key not in own and key not in others and isinstance(leaf, torch.nn.Parameter):
+            raise ValueError(
+                f"losses reach a parameter of shape {list(leaf.shape)} that this optimizer does "
+                "not hold: with process_group it would get no gradient; add it to this optimizer, "
+                "or freeze it by requires_grad_(False) while these losses are computed"
+            )
+
+
+def check_gradients(
+    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> None:
+    """Check what a backward gave.
+
+    Raises:
+        ValueError: a sparse gradient.
+        RuntimeError: a node ran a backward of its own, whose gradients went elsewhere.
+    """
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise _sparse_error(p, optimizer)
+        if p.grad is not None:
+            raise RuntimeError(
+                "a node of the graph ran a backward of its own (reentrant checkpointing, "
+                "reversible layers), which process_group does not see; use_reentrant=False does "
+                "without"
             )
 
 
@@ -54,12 +115,12 @@ def refuse_sparse(parameter: Tensor, optimizer: Optimizer) -> RemovableHandle:
 
 def _sparse_error(parameter: Tensor, optimizer: Optimizer) -> ValueError:
     return ValueError(
-        f"parameter {_name_of(parameter, optimizer)} gets a sparse gradient, which surgery does "
+        f"parameter {name_of(parameter, optimizer)} gets a sparse gradient, which surgery does "
         "not support; make its layer with sparse=False"
     )
 
 
-def _name_of(parameter: Tensor, optimizer: Optimizer) -> str:
+def name_of(parameter: Tensor, optimizer: Optimizer) -> str:
     for number, group in enumerate(optimizer.param_groups):
         for index, p in enumerate(group["params"]):
             if p is parameter:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradsurgery._data_parallel import DataParallelSurgery
 from gradsurgery._losses import Losses
 from gradsurgery.methods import Method, resolve
 from gradsurgery.report import SurgeryReport
@@ -36,10 +37,13 @@ class AdaptiveGradientSurgery(Optimizer):
         granularity: "model": one Gram matrix over all of them.
         every: 1: weights are solved at every call.
         metric: "euclidean": plain dot products.
-        process_group: None.
+        process_group: a torch.distributed group over which gradients are averaged, task by task,
+            before the surgery: all ranks then get the same p.grad, that of one process on the
+            joined batch. For a bare module and for one in DistributedDataParallel. DTensor
+            parameters, as `torch.distributed.fsdp.fully_shard` makes them, bring their own mesh.
         seed: seeds the random order in which tasks meet; part of `state_dict`.
 
-    Other values of granularity, every, metric and process_group are planned, and refused by name.
+    Other values of granularity, every and metric are planned, and refused by name.
 
     Raises:
         TypeError: `optimizer` is none, or is wrapped already; `method` is neither name nor method.
@@ -93,8 +97,12 @@ class AdaptiveGradientSurgery(Optimizer):
         _only("granularity", granularity, "model")
         _only("every", every, 1)
         _only("metric", metric, "euclidean")
-        _only("process_group", process_group, None)
-        self._surgery = Surgery(optimizer, resolve(method), scope, seed)
+        if process_group is None:
+            self._surgery = Surgery(optimizer, resolve(method), scope, seed)
+        else:
+            self._surgery = DataParallelSurgery(
+                optimizer, resolve(method), scope, seed, process_group
+            )
         self._make_hooks()
 
     # ------------------------------------------------------------------ surgery
@@ -116,7 +124,8 @@ class AdaptiveGradientSurgery(Optimizer):
         `sum(losses).backward()`, unless another AdaptiveGradientSurgery owns them.
 
         Args:
-            losses: a sequence of 0-dim tensors, or a mapping from names to 0-dim tensors.
+            losses: a sequence of 0-dim tensors, or a mapping from names to 0-dim tensors. With a
+                process_group, None where this rank has no samples of the task.
             accumulate: True for a micro-batch: its gradients are added to the rows, p.grad stays
                 as it is, and the next plain call operates on the sum. This `zero_grad()`, not
                 the model's, drops micro-batches that wait. A single loss adds up in p.grad.
@@ -125,7 +134,7 @@ class AdaptiveGradientSurgery(Optimizer):
 
         Raises:
             TypeError, ValueError: wrong losses or sparse gradients, before anything is changed.
-            NotImplementedError: DTensor parameters, or `features`.
+            NotImplementedError: `features`.
             RuntimeError: from autograd; p.grad is then what it was before the call.
         """
         _only("features", features, None)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
+import ctypes
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsurgery._graph import GraphSurvey, survey
+from gradsurgery._graph import survey
 from gradsurgery._losses import Losses, read_losses
 from gradsurgery._parameters import check_parameters, refuse_sparse
+from gradsurgery.distributed import (
+    Ranks,
+    agree_over_mesh,
+    fingerprint,
+    look_for_wrappers,
+    shard_groups,
+    warn_alone,
+)
 from gradsurgery.methods import Method
 from gradsurgery.report import SurgeryReport
 from gradsurgery.task_gradients import TaskGradients
 
-__all__ = ["Surgery"]
+__all__ = ["Surgery", "add_earlier", "explain_donated_buffers"]
 
 _STATE_VERSION = 1
 # Every live surgery, so that two plugins on parts of one model leave each other's p.grad alone.
@@ -44,7 +53,8 @@ class Surgery:
         # id(parameter) -> tasks that reached it in the last call, or since the first of the
         # micro-batches that wait.
         self._reach: dict[int, int] = {}
-        self._warned = False
+        self._looked = False
+        self._meshes: dict[Any, Ranks] = {}
         _live.add(self)
 
     # ------------------------------------------------------------------ state
@@ -118,19 +128,21 @@ class Surgery:
     def backward(self, losses: Losses, *, accumulate: bool, retain_graph: bool) -> None:
         """See `AdaptiveGradientSurgery.backward`."""
         parameters = self.parameters()
-        names, tensors = read_losses(losses, {p.device for p in parameters})
-        if self._pending is not None and sorted(names) == sorted(self._pending):
-            by_name = dict(zip(names, tensors, strict=True))
-            names, tensors = self._pending, [by_name[name] for name in self._pending]
-        self._check_tasks(names)
-        self._warn_about_processes()
+        names, tensors = self._read_everywhere(losses, parameters, accumulate)
+        self._look_at_processes(parameters)
         if len(tensors) == 1:
             self._backward_alone(names, tensors[0], accumulate=accumulate, retain=retain_graph)
             return
         seen = survey(tensors)
         check_parameters(self.optimizer, parameters, seen)
+        if any(hasattr(p, "device_mesh") for p in parameters):
+            # fully_shard puts the gathered parameters into the graph, not the ones held here.
+            seen.opaque = (1 << len(tensors)) - 1
         pending = self._pending is not None
-        captured, together = self._choose(parameters, seen, gather=accumulate or pending)
+        masks = {id(p): seen.tasks_of(p) for p in parameters}
+        captured, together = self.choose(
+            parameters, masks, seen.opaque, gather=accumulate or pending
+        )
         self._gradients.arrange(captured, len(tensors), together, keep=pending)
         earlier_reach = self._reach if pending else {}
         targets = self._gradients.parameters
@@ -139,7 +151,7 @@ class Surgery:
         foreign = self._foreign(leaves, {id(p) for p in parameters}, hidden=bool(seen.opaque))
         leaves |= foreign
         earlier = {key: leaf.grad for key, leaf in leaves.items()}
-        masks = [seen.tasks_of(p) | seen.opaque for p in targets]
+        expected = [seen.tasks_of(p) | seen.opaque for p in targets]
         retain = [retain_graph or kept for kept in seen.retain]
         watched = [
             p for p in targets if p.requires_grad and (seen.opaque or id(p) in seen.doubtful)
@@ -150,10 +162,10 @@ class Surgery:
             for leaf in leaves.values():
                 leaf.grad = None
             for task, loss in enumerate(tensors):
-                self._fill_row(task, loss, retain[task], masks, reached)
+                self._fill_row(task, loss, retain[task], expected, reached)
             if not accumulate:
                 self._operate(names, reached, tensors[0].device)
-            _add_earlier(leaves, earlier, foreign)
+            add_earlier(leaves, earlier, foreign)
         except BaseException:
             # As if the call had not happened, except that rows summed up so far are spoilt.
             for key, leaf in leaves.items():
@@ -205,31 +217,21 @@ class Surgery:
             else:
                 p.grad = view
                 given.append(view)
-        versions = [-1 if handed is None else handed._version for handed in given]
-        self._run_backward(loss, retain)
+        versions = [storage.version(task, i) for i in indices]
+        with explain_donated_buffers():
+            loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
         for i, handed, version in zip(indices, given, versions, strict=True):
             p = storage.parameters[i]
             found = p.grad
             p.grad = None
             if found is not None and found is handed and storage.is_in_place(task, i):
-                reached[i] |= bit if found._version != version else 0
+                reached[i] |= bit if storage.version(task, i) != version else 0
             elif found is not None:
                 storage.replace_view(task, i).copy_(found)
                 reached[i] |= bit
             elif handed is not None or reached[i] & bit:
                 storage.replace_view(task, i).zero_()
                 reached[i] &= ~bit
-
-    def _run_backward(self, loss: Tensor, retain: bool) -> None:
-        try:
-            loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            if "donated buffers" not in str(error):
-                raise
-            raise RuntimeError(
-                "a compiled model reuses its saved tensors, and several losses share its graph: "
-                "set torch._functorch.config.donated_buffer = False before the model is compiled"
-            ) from error
 
     def _operate(self, names: tuple[str, ...], reached: list[int], device: torch.device) -> None:
         """Rows -> M -> w -> row 0 -> p.grad."""
@@ -247,27 +249,78 @@ class Surgery:
                 p.grad = storage.publish(mask.bit_length() - 1, index)
         self.last = SurgeryReport(names, gram, weights)
 
-    def _choose(
-        self, parameters: list[Tensor], seen: GraphSurvey, *, gather: bool
+    def read(
+        self, losses: Losses, parameters: list[Tensor], *, absent: bool = False
+    ) -> tuple[tuple[str, ...], list[Tensor | None]]:
+        """Names and losses, checked, in the order of the micro-batches that wait."""
+        names, tensors = read_losses(losses, {p.device for p in parameters}, absent=absent)
+        if self._pending is not None and sorted(names) == sorted(self._pending):
+            by_name = dict(zip(names, tensors, strict=True))
+            names, tensors = self._pending, [by_name[name] for name in self._pending]
+        self._check_tasks(names)
+        return names, tensors
+
+    def _read_everywhere(
+        self, losses: Losses, parameters: list[Tensor], accumulate: bool
+    ) -> tuple[tuple[str, ...], list[Tensor]]:
+        """The same; where parameters are spread over processes, these must ask for the same."""
+        names: tuple[str, ...] = ()
+        given: list[Tensor | None] = []
+        failure: Exception | None = None
+        try:
+            names, given = self.read(losses, parameters)
+        except (TypeError, ValueError) as error:
+            failure = error
+        if parameters and hasattr(parameters[0], "device_mesh"):
+            settings = self.settings(names, accumulate)
+            agree_over_mesh(self._meshes, parameters[0], failure, settings)
+        elif failure is not None:
+            raise failure
+        return names, [loss for loss in given if loss is not None]
+
+    def settings(self, names: tuple[str, ...], accumulate: bool) -> dict[str, Any]:
+        """What must be the same on all ranks of a surgery."""
+        order = self.order.get_state()
+        return {
+            "losses": list(names),
+            "accumulate": accumulate,
+            "method": repr(self.method),
+            "scope": self.scope,
+            "the seed or state of the task order": fingerprint(
+                ctypes.string_at(order.data_ptr(), order.numel())
+            ),
+        }
+
+    def choose(
+        self, parameters: list[Tensor], masks: Mapping[int, int], opaque: int, *, gather: bool
     ) -> tuple[list[Tensor], list[bool]]:
         """Which parameters get rows, and which of these to lay side by side.
 
         With scope="shared" a head needs no rows: autograd gives it its own task's gradient. It
         gets them where a micro-batch still to come, or a node that hides what it reaches, may
         bring in a second task.
+
+        Args:
+            parameters: all of them.
+            masks: id(parameter) -> the tasks that the graph shows to reach it.
+            opaque: the tasks that may reach any parameter.
+            gather: whether the next call adds to this one's rows, or this one to the last one's.
         """
-        masks = {id(p): seen.tasks_of(p) for p in parameters}
         needed = 1 if gather or self.scope == "all" else 2
-        waiting = self._gradients.parameters if self._pending is not None else []
+        waiting = self.waiting() if self._pending is not None else []
         captured = {id(p): p for p in waiting}
         for p in parameters:
-            if masks[id(p)].bit_count() >= needed or seen.opaque:
+            if masks[id(p)].bit_count() >= needed or opaque:
                 captured[id(p)] = p
         # What an opaque node reached last time is the best guess at what it will reach now. A
         # wrong guess costs a few more calls of the kernels, never a wrong result.
-        guesses = [masks.get(key, 0) | self._reach.get(key, seen.opaque) for key in captured]
+        guesses = [masks.get(key, 0) | self._reach.get(key, opaque) for key in captured]
         together = [self.scope == "all" or guess.bit_count() >= 2 for guess in guesses]
         return list(captured.values()), together
+
+    def waiting(self) -> list[Tensor]:
+        """The parameters whose rows hold micro-batches."""
+        return self._gradients.parameters
 
     # ----------------------------------------------------------------- checks
 
@@ -286,25 +339,39 @@ class Surgery:
         """What belongs to other plugins and not to this one: leaves, and all if some are hidden."""
         if not hidden and leaves.keys() <= own:
             return {}
-        others = (s.parameters() for s in list(_live) if s.optimizer is not self.optimizer)
-        found = {id(p): p for parameters in others for p in parameters if id(p) not in own}
+        found = {key: p for key, p in self.others().items() if key not in own}
         return found if hidden else {key: p for key, p in found.items() if key in leaves}
 
-    def _warn_about_processes(self) -> None:
+    def others(self) -> dict[int, Tensor]:
+        """id -> parameter, of all other plugins."""
+        others = (s.parameters() for s in list(_live) if s.optimizer is not self.optimizer)
+        return {id(p): p for parameters in others for p in parameters}
+
+    def _look_at_processes(self, parameters: list[Tensor]) -> None:
         distributed = torch.distributed
-        if self._warned or not (distributed.is_available() and distributed.is_initialized()):
+        if self._looked or not (distributed.is_available() and distributed.is_initialized()):
             return
-        self._warned = True
-        if distributed.get_world_size() > 1:
-            warnings.warn(
-                "torch.distributed is initialised, and this version of gradsurgery operates on "
-                "each process's own gradients; under DistributedDataParallel only the first "
-                "task's are averaged, so the ranks drift apart: do not train that way",
-                stacklevel=4,
-            )
+        self._looked = True
+        if distributed.get_world_size() > 1 and not any(map(shard_groups, parameters)):
+            look_for_wrappers(parameters, grouped=False)
+            warn_alone()
 
 
-def _add_earlier(
+@contextmanager
+def explain_donated_buffers() -> Iterator[None]:
+    """Say what to do where a compiled model's graph does not outlive its first backward."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise RuntimeError(
+            "a compiled model reuses its saved tensors, and several losses share its graph: "
+            "set torch._functorch.config.donated_buffer = False before the model is compiled"
+        ) from error
+
+
+def add_earlier(
     leaves: dict[int, Tensor], earlier: dict[int, Tensor | None], foreign: Iterable[int]
 ) -> None:
     """A gradient that was there is added to, in place, as autograd does; None stays None."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsurgery.distributed import shard_groups, sum_over
 from gradsurgery.kernels import combine, gram, resolution
 
-__all__ = ["TaskGradients"]
+__all__ = ["TaskGradients", "local_part"]
 
 # Parameters start at multiples of this, so that vectorised kernels find aligned gradients.
 _ALIGNMENT_BYTES = 64
@@ -38,13 +40,22 @@ class TaskGradients:
 
     Views are given away, and people do things to p.grad: keep it, resize it, swap its memory. So
     `arrange` looks who still holds a view, and replaces those that are no views any more.
+
+    Of a DTensor the rows hold this process's part, and its views are DTensors; parts that are
+    spread alike share a buffer.
+
+    Args:
+        parts: the width of every buffer is a multiple of this.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int = 1) -> None:
         self.parameters: list[Tensor] = []
+        self.parts = parts
         self.count = 0
         self._key: tuple[object, ...] = ()
-        self._buffers: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        """One for each kind of parameter, [count, width]."""
+        self._spread: list[tuple[object, ...]] = []
         self._slots: list[_Slot] = []
         self._views: list[list[Tensor]] = []
         self._places: list[list[tuple[int, int]]] = []
@@ -53,7 +64,13 @@ class TaskGradients:
         self._references_at_rest = 0
 
     def arrange(
-        self, parameters: Sequence[Tensor], count: int, together: Sequence[bool], *, keep: bool
+        self,
+        parameters: Sequence[Tensor],
+        count: int,
+        together: Sequence[bool],
+        *,
+        keep: bool,
+        clear: bool = True,
     ) -> None:
         """Make room for `count` rows over `parameters`, all zero unless `keep`.
 
@@ -63,8 +80,12 @@ class TaskGradients:
             together: for each parameter whether it should lie beside the others of its kind
                 that say so (so that surgery over them sees one contiguous piece).
             keep: gradients that are here already stay: parameters may only be added.
+            clear: False where every column will be written: what is here may stay.
         """
-        described = [(id(p), p.shape, p.stride(), p.dtype, p.device) for p in parameters]
+        described = [
+            (id(p), local_part(p).shape, local_part(p).stride(), p.dtype, p.device)
+            for p in parameters
+        ]
         key = (count, *zip(described, together, strict=True))
         if keep and self._key:
             if key != self._key:
@@ -74,36 +95,55 @@ class TaskGradients:
             # The old memory goes first, unless a gradient that somebody holds still needs it.
             self.release()
             self._allocate(parameters, count, together, key)
+            clear = True
         else:
             self._mend_views()
-        for buffer in self._buffers:
-            buffer.zero_()
+        if clear:
+            for buffer in self.buffers:
+                buffer.zero_()
 
     def release(self) -> None:
         """Forget everything; memory stays alive only as far as others hold views of it."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.parts)  # type: ignore[misc]
 
     def gram(self, chosen: Sequence[bool], device: torch.device) -> tuple[Tensor, float]:
-        """M over the chosen parameters, [T, T] float64 on `device`, and its relative accuracy."""
-        total: Tensor | None = None
+        """M over the chosen parameters, [T, T] float64 on `device`, and its relative accuracy.
+
+        Parts of DTensors: of the whole ones, by one exchange of M for each way to be spread.
+        """
+        # A process may hold no element at all, and still takes part in every exchange.
+        totals: dict[tuple[object, ...], Tensor | None] = dict.fromkeys(self._spread)
         accuracy = torch.finfo(torch.float64).eps
-        for segment in self._segments(chosen):
+        for block, start, stop in self.spans(chosen):
+            segment, spread = self.buffers[block][:, start:stop], self._spread[block]
             part = gram(segment).to(device, non_blocking=True)
             # Nearly always there is one segment, and then nothing to add.
-            total = part if total is None else total.add_(part)
+            before = totals[spread]
+            totals[spread] = part if before is None else before.add_(part)
             accuracy = max(accuracy, resolution(segment))
-        if total is None:
-            total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
-        return total, accuracy
+        total: Tensor | None = None
+        for spread, part_or_none in totals.items():
+            part = self._no_products(device) if part_or_none is None else part_or_none
+            sum_over(spread, part)
+            total = part if total is None else total.add_(part)
+        return self._no_products(device) if total is None else total, accuracy
+
+    def _no_products(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
 
     def combine(self, chosen: Sequence[bool], weights: Tensor) -> None:
         """Row 0 becomes g = Gᵀw over the chosen parameters."""
-        for segment in self._segments(chosen):
+        for block, start, stop in self.spans(chosen):
+            segment = self.buffers[block][:, start:stop]
             combine(segment, weights.to(segment.device, non_blocking=True), out=segment[0])
 
     def view(self, task: int, index: int) -> Tensor:
         """Row `task` as the gradient of parameter `index`."""
         return self._views[task][index]
+
+    def version(self, task: int, index: int) -> int:
+        """Changes with every write by way of the view."""
+        return local_part(self._views[task][index])._version
 
     def publish(self, task: int, index: int) -> Tensor:
         """The same, to stay with the user as p.grad."""
@@ -119,8 +159,8 @@ class TaskGradients:
         self._views[task][index] = self._make_view(task, index)
         return self._views[task][index]
 
-    def _segments(self, chosen: Sequence[bool]) -> Iterator[Tensor]:
-        """The chosen parameters' columns, [T, width] each, neighbours joined."""
+    def spans(self, chosen: Sequence[bool]) -> list[list[int]]:
+        """The chosen parameters' columns as [buffer, start, stop], neighbours joined."""
         spans: list[list[int]] = []
         for slot, wanted in zip(self._slots, chosen, strict=True):
             if not wanted or slot.length == 0:
@@ -129,8 +169,7 @@ class TaskGradients:
                 spans[-1][2] += slot.length
             else:
                 spans.append([slot.block, slot.start, slot.start + slot.length])
-        for block, start, stop in spans:
-            yield self._buffers[block][:, start:stop]
+        return spans
 
     def _allocate(
         self,
@@ -139,20 +178,22 @@ class TaskGradients:
         together: Sequence[bool],
         key: tuple[object, ...],
     ) -> None:
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, p in enumerate(parameters):
-            kinds.setdefault((p.dtype, p.device), []).append(index)
+            kinds.setdefault((p.dtype, p.device, shard_groups(p)), []).append(index)
         slots: dict[int, _Slot] = {}
-        for block, ((dtype, device), indices) in enumerate(kinds.items()):
+        for block, ((dtype, device, spread), indices) in enumerate(kinds.items()):
             width = 0
             alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
             for index in sorted(indices, key=lambda i: not together[i]):
-                p = parameters[index]
+                p = local_part(parameters[index])
                 length = -(-p.numel() // alignment) * alignment
                 strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
                 slots[index] = _Slot(block, width, length, p.shape, tuple(strides))
                 width += length
-            self._buffers.append(torch.empty(count, width, dtype=dtype, device=device))
+            width += -width % (alignment * self.parts)
+            self.buffers.append(torch.empty(count, width, dtype=dtype, device=device))
+            self._spread.append(spread)
         # In the order of memory, so that neighbours in the list are neighbours in the buffer.
         order = sorted(slots, key=lambda i: (slots[i].block, slots[i].start))
         self.parameters = [parameters[i] for i in order]
@@ -160,15 +201,16 @@ class TaskGradients:
         self._views = [[self._make_view(t, i) for i in range(len(order))] for t in range(count)]
         self._places = [[_place(view) for view in row] for row in self._views]
         self.count, self._key = count, key
-        self._shares_at_rest = [_shares(buffer) for buffer in self._buffers]
+        self._shares_at_rest = [_shares(buffer) for buffer in self.buffers]
         self._references_at_rest = max(max(_references(row), default=0) for row in self._views)
 
     def _make_view(self, task: int, index: int) -> Tensor:
         slot = self._slots[index]
-        buffer = self._buffers[slot.block]
+        buffer = self.buffers[slot.block]
         start = task * buffer.shape[1] + slot.start
         # .data: no view in autograd's eyes, so p.grad can be detached or changed in place.
-        return buffer.as_strided(slot.shape, slot.strides, start).data
+        view = buffer.as_strided(slot.shape, slot.strides, start).data
+        return _as_gradient_of(self.parameters[index], view)
 
     def _extend(
         self,
@@ -185,7 +227,7 @@ class TaskGradients:
         }
         self.release()
         self._allocate(parameters, count, together, key)
-        for buffer in self._buffers:
+        for buffer in self.buffers:
             buffer.zero_()
         for index, p in enumerate(self.parameters):
             for task, gradient in enumerate(old.get(id(p), ())):
@@ -198,13 +240,14 @@ class TaskGradients:
         somebody's variable gets memory of its own: D elements, not T rows. A tensor made from a
         view shares its memory beyond our reach: then the rows are not free.
         """
-        shares = zip(self._buffers, self._shares_at_rest, strict=True)
+        shares = zip(self.buffers, self._shares_at_rest, strict=True)
         if any(_shares(buffer) > at_rest for buffer, at_rest in shares):
             return False
         for task, row in enumerate(self._views):
             for index, count in enumerate(_references(row)):
                 if count > self._references_at_rest:
-                    row[index].data = row[index].clone()
+                    view = local_part(row[index])
+                    view.data = view.clone()
                     self.replace_view(task, index)
         return True
 
@@ -212,9 +255,9 @@ class TaskGradients:
         """Replace views that somebody has made something else."""
         published, self._published = self._published, []
         for task, index in published:
-            view, slot = self._views[task][index], self._slots[index]
+            view, slot = local_part(self._views[task][index]), self._slots[index]
             same_form = view.shape == slot.shape and view.stride() == slot.strides
-            same_kind = view.dtype == self._buffers[slot.block].dtype and not view.requires_grad
+            same_kind = view.dtype == self.buffers[slot.block].dtype and not view.requires_grad
             if not (same_form and same_kind):
                 self.replace_view(task, index)
         for task in range(self.count):
@@ -223,8 +266,32 @@ class TaskGradients:
                     self.replace_view(task, index)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor itself."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
+def _as_gradient_of(parameter: Tensor, view: Tensor) -> Tensor:
+    """The view, as a DTensor where the parameter is one."""
+    if not hasattr(parameter, "device_mesh"):
+        return view
+    from torch.distributed.tensor import DTensor
+
+    gradient: Tensor = DTensor.from_local(
+        view,
+        parameter.device_mesh,
+        parameter.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return gradient
+
+
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Which memory a tensor lies in, and where: data_ptr, but fake tensors have it too."""
+    tensor = local_part(tensor)
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 

@@ -371,7 +371,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "every True": ({"every": True}, TypeError, ["every", "True"]),
     "every 0": ({"every": 0}, ValueError, ["every", "0"]),
     "metric": ({"metric": "optimizer"}, NotImplementedError, ["metric", "'optimizer'"]),
-    "process_group": ({"process_group": "world"}, NotImplementedError, ["process_group"]),
+    "process_group": ({"process_group": "world"}, TypeError, ["process_group", "'world'"]),
 }
 
 

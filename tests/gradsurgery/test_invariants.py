@@ -127,7 +127,7 @@ def test_invariant_2_rows_are_read_twice_and_written_once(method: str) -> None:
         and not all(o._is_view() for o in outputs or [torch.ones(())])
     ]
     assert touching == ["gradsurgery::gram", "gradsurgery::combine_into"]
-    buffer = surgery._gradients._buffers[0]
+    buffer = surgery._gradients.buffers[0]
     for p in model.parameters():
         assert p.grad is not None
         assert p.grad.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
@@ -152,7 +152,7 @@ def test_invariant_3_extra_memory(tasks: int, scope: str) -> None:
         optimizer.zero_grad()
         optimizer.backward(model.losses())
     under = model.trunk if scope == "shared" else model
-    elements = sum(b.numel() for b in optimizer._surgery._gradients._buffers)
+    elements = sum(b.numel() for b in optimizer._surgery._gradients.buffers)
     # Each parameter starts at a multiple of 64 bytes.
     padding = 16 * tasks * len(list(under.parameters()))
     assert elements <= tasks * sum(p.numel() for p in under.parameters()) + padding
@@ -168,7 +168,7 @@ def test_invariant_3_a_gradient_that_is_there_costs_itself(tasks: int, habit: st
         optimizer.zero_grad(set_to_none=habit != "set to zero")
         for _ in range(2 if habit == "two calls" else 1):
             optimizer.backward(model.losses())
-    alive = {b.untyped_storage()._cdata: b for b in optimizer._surgery._gradients._buffers}
+    alive = {b.untyped_storage()._cdata: b for b in optimizer._surgery._gradients.buffers}
     for p in model.parameters():
         assert p.grad is not None
         alive.setdefault(p.grad.untyped_storage()._cdata, p.grad)
