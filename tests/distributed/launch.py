@@ -6,54 +6,57 @@ import datetime
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# What a collective waits for at most; a job that hangs then fails instead.
-TIMEOUT = datetime.timedelta(seconds=30)
+SECONDS = 60.0
+"""What a collective waits for at most; a job that hangs then fails instead."""
 
 
 class Processes:
-    """`size` ranks of one gloo group, on this machine.
+    """`size` ranks of one gloo group on this machine.
 
     Example: `Processes(2)(function, 3)` gives `[function(3) on rank 0, function(3) on rank 1]`.
+    After a job that failed the ranks may be out of step, so they start anew.
     """
 
-    def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
-        folder = tempfile.mkdtemp()
-        pairs = [context.Pipe() for _ in range(size)]
-        self._connections = [ours for ours, _ in pairs]
-        self.processes = [
-            context.Process(target=_work, args=(rank, size, f"{folder}/store", theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pairs)
-        ]
-        for process in self.processes:
-            process.start()
+    def __init__(self, size: int, seconds: float = SECONDS) -> None:
+        self.size, self.seconds = size, seconds
+        self.processes: list[Any] = []
+        self._connections: list[Connection] = []
 
     def __call__(self, job: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run a module's function on every rank; their results, or the first error."""
+        """Run a module's function on every rank; their results, or all errors in one."""
         self.send(job, *args)
-        answers = [self.receive(rank) for rank in range(len(self.processes))]
-        errors = [answer[1] for answer in answers if not answer[0]]
+        answers = [self.receive(rank) for rank in range(self.size)]
+        errors = [text for succeeded, text in answers if not succeeded]
+        if errors:
+            self.close()
         assert not errors, "\n".join(errors)
-        return [answer[1] for answer in answers]
+        return [result for _, result in answers]
 
     def send(self, job: Callable[..., Any], *args: Any) -> None:
         """Begin a job on every rank."""
+        if not self.processes:
+            self._start()
         for connection in self._connections:
             connection.send((job, args))
 
-    def receive(self, rank: int, seconds: float = 120) -> tuple[bool, Any]:
+    def receive(self, rank: int) -> tuple[bool, Any]:
         """Whether the job succeeded there, and its result or the text of its error."""
-        if not self._connections[rank].poll(seconds):
-            return False, f"rank {rank} did not answer within {seconds} s"
-        answer: tuple[bool, Any] = self._connections[rank].recv()
+        if not self._connections[rank].poll(2 * self.seconds):
+            return False, f"rank {rank} did not answer within {2 * self.seconds} s"
+        try:
+            answer: tuple[bool, Any] = self._connections[rank].recv()
+        except EOFError:
+            return False, f"rank {rank} ended"
         return answer
 
     def close(self) -> None:
@@ -61,13 +64,32 @@ class Processes:
         for process in self.processes:
             process.kill()
             process.join()
+        self.processes, self._connections = [], []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        store = str(Path(tempfile.mkdtemp()) / "store")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(rank, self.size, store, self.seconds, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self._connections.append(ours)
 
 
-def _work(rank: int, size: int, store: str, connection: Connection) -> None:
+def _work(rank: int, size: int, store: str, seconds: float, connection: Connection) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=seconds),
     )
     while True:
         try:
