@@ -157,9 +157,14 @@ class Ranks:
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self.in_step = False
-            raise
+            if not isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError(
+                f"rank {self._ranks[self.rank]} cannot reach the other ranks of its process group: "
+                f"one has ended, or did not come within the group's timeout ({error})"
+            ) from error
 
 
 def _host_group(group: Any) -> Any:
@@ -268,5 +273,5 @@ def warn_alone() -> None:
         f"torch.distributed runs {dist.get_world_size()} processes, and without process_group "
         "surgery operates on each process's own gradients: p.grad differs between ranks. For "
         "surgery on the global gradients pass process_group=torch.distributed.group.WORLD",
-        stacklevel=5,
+        stacklevel=7,
     )

@@ -28,7 +28,7 @@ from gradsurgery.task_gradients import TaskGradients
 
 __all__ = ["Surgery", "add_earlier", "explain_donated_buffers"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 # Every live surgery, so that two plugins on parts of one model leave each other's p.grad alone.
 _live: weakref.WeakSet[Surgery] = weakref.WeakSet()
 

@@ -93,7 +93,10 @@ class Method(ABC):
         """Raise ValueError where a Gram matrix for tasks of shape [..., T] does not fit."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State that shapes the next step: plain Python values and tensors only."""
+        """State that shapes the next step: plain Python values and tensors only.
+
+        Its entries must be the same before the first step as later: see `GradVac`.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027

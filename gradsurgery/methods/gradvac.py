@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 import torch
@@ -118,10 +119,12 @@ class GradVac(Method):
         return weights
 
     def state_dict(self) -> dict[str, Any]:
-        # A list, and always there: distributed checkpoints load only what they find in the
-        # optimizer that they load into, where T is not known before the first step.
-        return {"target": [] if self._target is None else self._target.tolist()}
+        # Text, and always there: distributed checkpoints load only entries, down to the elements
+        # of a list, that they find in the optimizer they load into, which knows no T before a step.
+        return {"target": "" if self._target is None else json.dumps(self._target.tolist())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        target = state.get("target") or None
-        self._target = None if target is None else torch.tensor(target, dtype=torch.float64)
+        target = state.get("target") or "[]"
+        # Version 1 of the state had the list itself.
+        values = json.loads(target) if isinstance(target, str) else target
+        self._target = torch.tensor(values, dtype=torch.float64) if values else None

@@ -62,6 +62,7 @@ class Setting:
     autocast: bool = False
     scaler: bool = False
     clip: bool = False
+    freeze_unused: bool = False
 
     def __str__(self) -> str:
         extras = [name for name in ("autocast", "scaler", "clip") if getattr(self, name)]
@@ -95,6 +96,7 @@ def wrap(model: nn.Module, how: str) -> tuple[nn.Module, Any]:
 def make(setting: Setting, seed: int = 0) -> tuple[nn.Module, nn.Module, AdaptiveGradientSurgery]:
     """The bare network, the wrapped one, the optimizer."""
     network = Network(setting.dtype)
+    network.unused.requires_grad_(not setting.freeze_unused)
     model, group = wrap(network, setting.how)
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
     optimizer = AdaptiveGradientSurgery(
