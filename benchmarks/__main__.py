@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, overhead, peers, plot, projection, scaling, step, table
+from benchmarks import (
+    estimate,
+    memory,
+    overhead,
+    peers,
+    plot,
+    processes,
+    projection,
+    scaling,
+    step,
+    table,
+)
 from benchmarks.models import GRAPHS, MODELS
 from benchmarks.rows import Rows, read
 
@@ -112,6 +123,12 @@ COMMANDS = {
             "rounds": 3,
         },
     ),
+    "processes": Command(
+        processes.run,
+        "bytes and time of a step in many processes",
+        {"ranks": [2, 4], "tasks": [2, 4, 8], "side": 1024, "batch": 256, "rounds": 11},
+        {"ranks": [2], "tasks": [2], "side": 128, "batch": 8, "rounds": 3},
+    ),
 }
 
 
@@ -142,6 +159,8 @@ def _dtype(text: str) -> torch.dtype:
 
 
 OPTIONS: dict[str, Callable[[str], Any]] = {
+    "ranks": _numbers,
+    "side": _number,
     "tasks": _numbers,
     "step_tasks": _numbers,
     "width": _number,
@@ -181,6 +200,13 @@ def _parser() -> argparse.ArgumentParser:
     draw = commands.add_parser("plot", help="PNG plots of a results file")
     draw.add_argument("path", type=Path, nargs="?", default=RESULTS)
     draw.add_argument("--output-dir", type=Path, default=Path("runs/plots"))
+    size = commands.add_parser("estimate", help="what many processes would send, computed")
+    size.add_argument("--parameters", type=float, default=7e9)
+    size.add_argument("--ranks", type=_number, default=64)
+    size.add_argument("--tasks", type=_numbers, default=[2, 4, 8])
+    size.add_argument("--gradient-bytes", type=_number, default=4)
+    size.add_argument("--parameter-bytes", type=_number, default=2)
+    size.add_argument("--gb-per-s", type=float, default=50.0, help="what one rank sends")
     child = commands.add_parser("memory-child", help="one measured process of `memory`")
     child.add_argument("kind", choices=tuple(step.STEPS))
     child.add_argument("model", choices=MODELS)
@@ -198,6 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "plot":
         for path in plot.plots(read(options.path), options.output_dir):
             print(path)
+    elif options.command == "estimate":
+        given = {key: value for key, value in vars(options).items() if key != "command"}
+        print(estimate.estimate(**given))
     elif options.command == "memory-child":
         memory.child(options.kind, options.model, options.graph, options.device, options.numbers)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery._losses import Losses
-from gradsurgery._parameters import check_gradients, check_parameters, check_replicated, name_of
+from gradsurgery._parameters import check_parameters, check_replicated, name_of
+from gradsurgery._rows_by_grad import fill_views
+from gradsurgery._spread_rows import SpreadRows
 from gradsurgery.distributed import Ranks, fingerprint
-from gradsurgery.kernels import combine, gram, resolution
 from gradsurgery.methods import Method
 from gradsurgery.report import SurgeryReport
 from gradsurgery.surgery import Surgery, add_earlier, explain_donated_buffers
-from gradsurgery.task_gradients import TaskGradients
 
 __all__ = ["DataParallelSurgery"]
 
@@ -44,9 +44,9 @@ class DataParallelSurgery(Surgery):
     ) -> None:
         super().__init__(optimizer, method, scope, seed)
         self._ranks = Ranks(group)
-        self._rows = _Spread(self._ranks)
+        self._rows = SpreadRows(self._ranks)
         # Parameters that need no weights: the mean of one task's gradient, or of the only task's.
-        self._plain = _Spread(self._ranks)
+        self._plain = SpreadRows(self._ranks)
         self._known: tuple[tuple[int, ...], str] = ((), "")
 
     def waiting(self) -> list[Tensor]:
@@ -183,44 +183,31 @@ class DataParallelSurgery(Surgery):
     ) -> None:
         """One task's gradient on this rank, into its row."""
         bit, adds = 1 << task, self._pending is not None
-        found: list[Tensor | None] = [None] * len(call.targets)
+        count = len(self._rows.full.parameters)
+        views = [self._rows.full.view(row, i) for i in range(count)]
+        views += [self._plain.full.view(0, i) for i in range(len(call.targets) - count)]
+        reached: set[int] = set()
         if loss is not None:
             hidden = plan.seen.opaque & bit
-            wanted = [
-                i for i, p in enumerate(call.targets) if hidden or plan.seen.tasks_of(p) & bit
-            ]
-            leaves = [call.targets[i] for i in wanted]
+            wanted = {
+                i: view
+                for i, (p, view) in enumerate(zip(call.targets, views, strict=True))
+                if hidden or plan.seen.tasks_of(p) & bit
+            }
             with explain_donated_buffers():
-                gradients = torch.autograd.grad(
-                    loss, [*leaves, *call.inputs], retain_graph=keep, allow_unused=True
+                reached = fill_views(
+                    loss,
+                    {i: (call.targets[i], view) for i, view in wanted.items()},
+                    call.inputs,
+                    self.optimizer,
+                    keep=keep,
+                    add=adds,
                 )
-            check_gradients(self.optimizer, leaves, gradients[: len(leaves)])
-            for i, gradient in zip(wanted, gradients, strict=False):
-                found[i] = _after_hooks(call.targets[i], gradient)
-            for leaf, local in zip(call.inputs, gradients[len(leaves) :], strict=True):
-                if local is not None:
-                    leaf.grad = local if leaf.grad is None else leaf.grad + local
-        written: list[Tensor] = []
-        new: list[Tensor] = []
-        empty: list[Tensor] = []
-        for i, given in enumerate(found):
-            in_rows = i < len(self._rows.full.parameters)
-            view = (
-                self._rows.full.view(row, i)
-                if in_rows
-                else self._plain.full.view(0, i - len(self._rows.full.parameters))
-            )
-            if given is not None:
-                written.append(view)
-                new.append(given)
-                call.reached[i] |= bit
-            elif in_rows and not adds:
-                empty.append(view)
-        if empty:
+        for i in reached:
+            call.reached[i] |= bit
+        empty = [view for i, view in enumerate(views[:count]) if i not in reached]
+        if empty and not adds:
             torch._foreach_zero_(empty)
-        if written:
-            operation = torch._foreach_add_ if adds else torch._foreach_copy_
-            operation(written, new)
 
     def _put_together(self, call: _Call, names: tuple[str, ...]) -> None:
         """This rank's parts of the rows -> M -> w -> all of row 0 -> p.grad."""
@@ -292,96 +279,3 @@ class _Call:
     targets: list[Tensor]
     reached: list[int]
     inputs: list[Tensor] = field(default_factory=list)
-
-
-class _Spread:
-    """Flat rows of this rank's gradients, and this rank's columns of their mean over the ranks."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.full = TaskGradients(parts=ranks.size)
-        self._ranks = ranks
-        self._own: list[Tensor] = []
-        self._on_their_way: dict[int, list[Callable[[], None]]] = {}
-
-    def arrange(
-        self, parameters: list[Tensor], tasks: int, rows: int, together: list[bool], *, keep: bool
-    ) -> None:
-        """`rows` full rows, and room for `tasks` parts; see `TaskGradients.arrange`."""
-        self._on_their_way.clear()
-        self.full.arrange(parameters, rows, together, keep=keep, clear=rows == 1)
-        shapes = [(tasks, buffer.shape[1] // self._ranks.size) for buffer in self.full.buffers]
-        like = [(buffer.dtype, buffer.device) for buffer in self.full.buffers]
-        if like != [(own.dtype, own.device) for own in self._own] or shapes != [
-            tuple(own.shape) for own in self._own
-        ]:
-            self._own = [
-                buffer.new_empty(shape)
-                for buffer, shape in zip(self.full.buffers, shapes, strict=True)
-            ]
-
-    def send(self, task: int, row: int) -> None:
-        """Begin: own part `task` = mean over the ranks of `row`."""
-        self._on_their_way[row] = [
-            self._ranks.average(buffer[row], own[task])
-            for buffer, own in zip(self.full.buffers, self._own, strict=True)
-            if own.numel()
-        ]
-
-    def settle(self, row: int | None = None) -> None:
-        """Until `row`, or every row, may be written again."""
-        for each in list(self._on_their_way) if row is None else [row]:
-            for finish in self._on_their_way.pop(each, ()):
-                finish()
-
-    def gram(self, chosen: list[bool], tasks: int, device: torch.device) -> tuple[Tensor, float]:
-        """M over the chosen parameters, and its relative accuracy; equal on all ranks."""
-        total = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
-        accuracy = torch.finfo(torch.float64).eps
-        for own in self._own:
-            accuracy = max(accuracy, resolution(own))
-        for segment in self._segments(chosen):
-            total += gram(segment).to(device, non_blocking=True)
-        self._ranks.sum(total)
-        return total, accuracy
-
-    def combine(self, chosen: list[bool], weights: Tensor) -> None:
-        """Part 0 becomes Gᵀw over the chosen parameters."""
-        for segment in self._segments(chosen):
-            combine(segment, weights.to(segment.device, non_blocking=True), out=segment[0])
-
-    def pick(self, tasks: list[int]) -> None:
-        """Part 0 becomes one task's for the parameters that say which, others say -1."""
-        for task in set(tasks) - {-1, 0}:
-            for segment in self._segments([task == each for each in tasks]):
-                segment[0].copy_(segment[task])
-
-    def gather(self) -> list[Callable[[], None]]:
-        """Begin: row 0 = all ranks' parts 0; returns what waits for it."""
-        return [
-            self._ranks.gather(own[0], buffer[0])
-            for buffer, own in zip(self.full.buffers, self._own, strict=True)
-            if own.numel()
-        ]
-
-    def _segments(self, chosen: list[bool]) -> list[Tensor]:
-        """The chosen parameters' columns as far as they are this rank's."""
-        found: list[Tensor] = []
-        for block, start, stop in self.full.spans(chosen):
-            own = self._own[block]
-            begin = self._ranks.rank * own.shape[1]
-            start, stop = max(start - begin, 0), min(stop - begin, own.shape[1])
-            if start < stop:
-                found.append(own[:, start:stop])
-        return found
-
-
-def _after_hooks(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Run the post-accumulate-grad hooks, which autograd.grad does not fire."""
-    hooks = parameter._post_accumulate_grad_hooks
-    if gradient is None or not hooks:
-        return gradient
-    parameter.grad = gradient
-    for hook in list(hooks.values()):
-        hook(parameter)
-    gradient, parameter.grad = parameter.grad, None
-    return gradient

@@ -11,7 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from gradsurgery._graph import GraphSurvey
 
-__all__ = ["check_gradients", "check_parameters", "check_replicated", "name_of", "refuse_sparse"]
+__all__ = [
+    "check_gradients",
+    "check_parameters",
+    "check_replicated",
+    "name_of",
+    "refuse_sparse",
+    "sparse_error",
+]
 
 
 def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: GraphSurvey) -> None:
@@ -24,7 +31,7 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
     sparse = {id(leaf) for leaf in seen.sparse}
     for p in parameters:
         if p.layout != torch.strided or id(p) in sparse:
-            raise _sparse_error(p, optimizer)
+            raise sparse_error(p, optimizer)
         if getattr(p, "grad_dtype", None) not in (None, p.dtype):
             raise ValueError(
                 f"parameter {name_of(p, optimizer)} has dtype {p.dtype} and grad_dtype "
@@ -89,7 +96,7 @@ def check_gradients(
     """
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
-            raise _sparse_error(p, optimizer)
+            raise sparse_error(p, optimizer)
         if p.grad is not None:
             raise RuntimeError(
                 "a node of the graph ran a backward of its own (reentrant checkpointing, "
@@ -107,13 +114,13 @@ def refuse_sparse(parameter: Tensor, optimizer: Optimizer) -> RemovableHandle:
 
     def look(gradient: Tensor | None) -> None:
         if gradient is not None and gradient.layout != torch.strided:
-            raise _sparse_error(parameter, optimizer)
+            raise sparse_error(parameter, optimizer)
 
     handle: RemovableHandle = parameter.register_hook(look)  # type: ignore[no-untyped-call]
     return handle
 
 
-def _sparse_error(parameter: Tensor, optimizer: Optimizer) -> ValueError:
+def sparse_error(parameter: Tensor, optimizer: Optimizer) -> ValueError:
     return ValueError(
         f"parameter {name_of(parameter, optimizer)} gets a sparse gradient, which surgery does "
         "not support; make its layer with sparse=False"

@@ -1,0 +1,112 @@
+"""One task's gradient by `torch.autograd.grad`, which fires no hooks of an accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurgery._parameters import check_gradients, sparse_error
+
+__all__ = ["fill_views"]
+
+# Elements from which on a gradient is copied as soon as it is there, and its memory goes back at
+# once; smaller ones are copied together in the end, by a few operations.
+_LARGE = 1 << 16
+
+
+def fill_views(
+    loss: Tensor,
+    targets: Mapping[int, tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor],
+    optimizer: Optimizer,
+    *,
+    keep: bool,
+    add: bool,
+) -> set[int]:
+    """Differentiate a loss.
+
+    Args:
+        loss: 0-dim.
+        targets: key -> a parameter, and the view that its gradient is copied or added to.
+        inputs: other leaves; theirs are added to their `grad`.
+        optimizer: for the names in errors.
+        keep: whether the graph must outlive this.
+        add: whether views hold something that must stay.
+
+    Returns:
+        The keys of the parameters that got a gradient.
+
+    Raises:
+        ValueError, RuntimeError: see `check_gradients`; views are then spoilt.
+    """
+    streamed: set[int] = set()
+    handles = [
+        p.register_hook(_divert(p, view, streamed, key, optimizer, add=add))  # type: ignore[no-untyped-call]
+        for key, (p, view) in targets.items()
+        if p.numel() >= _LARGE and not p._post_accumulate_grad_hooks
+    ]
+    parameters = [p for p, _ in targets.values()]
+    try:
+        gradients = torch.autograd.grad(
+            loss, [*parameters, *inputs], retain_graph=keep, allow_unused=True
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    check_gradients(optimizer, parameters, gradients[: len(parameters)])
+    views: list[Tensor] = []
+    new: list[Tensor] = []
+    reached = set(streamed)
+    for (key, (p, view)), gradient in zip(targets.items(), gradients, strict=False):
+        given = None if key in streamed else _after_hooks(p, gradient)
+        if given is not None:
+            views.append(view)
+            new.append(given)
+            reached.add(key)
+    if views:
+        operation = torch._foreach_add_ if add else torch._foreach_copy_
+        operation(views, new)
+    for leaf, local in zip(inputs, gradients[len(parameters) :], strict=True):
+        if local is not None:
+            leaf.grad = local if leaf.grad is None else leaf.grad + local
+    return reached
+
+
+def _divert(
+    parameter: Tensor,
+    view: Tensor,
+    streamed: set[int],
+    key: int,
+    optimizer: Optimizer,
+    *,
+    add: bool,
+) -> Callable[[Tensor], Tensor]:
+    """The last hook of a parameter: it takes the gradient and passes on next to nothing."""
+
+    def take(gradient: Tensor) -> Tensor:
+        if gradient.layout != torch.strided:
+            raise sparse_error(parameter, optimizer)
+        if add:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
+        streamed.add(key)
+        return gradient.new_zeros(()).expand(gradient.shape)
+
+    return take
+
+
+def _after_hooks(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Run the post-accumulate-grad hooks, which `torch.autograd.grad` does not fire."""
+    hooks: Any = parameter._post_accumulate_grad_hooks
+    if gradient is None or not hooks:
+        return gradient
+    parameter.grad = gradient
+    for hook in list(hooks.values()):
+        hook(parameter)
+    changed, parameter.grad = parameter.grad, None
+    return changed
