@@ -100,6 +100,11 @@ bench step-mlp 60 step --models mlp
 bench overhead 60 overhead
 bench scaling 210 scaling --models "$models"
 bench memory 150 memory --models "$trunk"
+if [[ $("$python" -c 'import torch; print(torch.cuda.device_count())') -gt 1 ]]; then
+    bench processes 120 processes --ranks 2
+else
+    skip processes "fewer than two GPUs"
+fi
 bench peers 180 peers --models "$models"
 if has matplotlib; then
     part plots 60 "$python" -m benchmarks plot "$rows" --output-dir "$out/plots"

@@ -64,10 +64,10 @@ def test_a_group_without_this_process_is_refused(two: Processes) -> None:
     assert "process_group" in other
 
 
-def without_a_cpu_backend() -> tuple[Tensor, bool]:
-    """As with NCCL alone: the hosts need a group of their own."""
+def with_backend(name: str) -> tuple[Tensor, bool]:
+    """A training over gloo that is told another backend, and whether hosts have their own group."""
     described = dist.get_backend_config
-    dist.get_backend_config = lambda group=None: "cuda:nccl"
+    dist.get_backend_config = lambda group=None: name
     try:
         own_group = Ranks(dist.group.WORLD)._hosts is not dist.group.WORLD
         return train(Setting()), own_group
@@ -76,9 +76,20 @@ def without_a_cpu_backend() -> tuple[Tensor, bool]:
 
 
 def test_hosts_agree_in_a_group_of_their_own(two: Processes) -> None:
-    for vector, own_group in two(without_a_cpu_backend):
+    """As with NCCL alone, which has nothing for the CPU."""
+    for vector, own_group in two(with_backend, "cuda:nccl"):
         assert own_group
         assert torch.equal(vector, two(train, Setting())[0])
+
+
+def test_backends_that_average_while_they_reduce(two: Processes) -> None:
+    """NCCL's way to send a row, on gloo, which has the same collective."""
+    expected = two(train, Setting())[0]
+    (first, _), (second, own_group) = two(with_backend, "cpu:nccl")
+    assert not own_group
+    assert torch.equal(first, second)
+    # The same sums in another order.
+    assert (first - expected).norm() < 1e-6 * expected.norm()
 
 
 def with_large_parameters(setting: Setting) -> Tensor:
@@ -160,5 +171,5 @@ def bytes_of_fully_shard(count: int) -> list[float]:
 
 def test_surgery_on_shards_moves_only_the_gram_matrix(two: Processes) -> None:
     plain, surgery = two(bytes_of_fully_shard, 4)[0]
-    # 4 * 4 numbers of 8 bytes, agreement and headers: nothing that grows with D (131,584 here).
-    assert 0 < surgery - plain < 4096
+    # M, agreement and the headers of a few messages: far from a row (526,336 bytes here).
+    assert 0 < surgery - plain < 16_384

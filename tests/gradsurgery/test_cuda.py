@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsurgery import AdaptiveGradientSurgery, kernels, methods
@@ -157,3 +159,41 @@ def test_mixed_precision_with_a_skipped_step() -> None:
     assert moved
     assert scaler.get_scale() < 2.0**40
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.fixture
+def nccl() -> Iterator[None]:
+    """A group of this process alone: what NCCL is asked for, if not what it does between two."""
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["process_group", "fully_shard"])
+@pytest.mark.usefixtures("nccl", "sync_mode_restored")
+def test_a_group_of_one(sharded: bool) -> None:
+    x = torch.randn(16, 32, device="cuda")
+    model = TwoHeads().cuda()
+    expected = trained(copy.deepcopy(model), x, "ags")
+    if sharded:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        fully_shard(model)
+        register_fsdp_forward_method(model, "losses")
+    group = None if sharded else dist.group.WORLD
+    base = torch.optim.SGD(model.parameters(), lr=1e-2)
+    plugin = AdaptiveGradientSurgery(base, process_group=group)
+    for step in range(5):
+        plugin.zero_grad()
+        losses = model.losses(x)[:2]
+        # The first call compares parameters; fully_shard's own backward is not ours to judge.
+        if step and not sharded:
+            torch.cuda.set_sync_debug_mode("error")
+        plugin.backward(losses)
+        torch.cuda.set_sync_debug_mode("default")
+        plugin.step()
+    for p, wanted in zip(model.parameters(), expected, strict=True):
+        found = p.full_tensor() if sharded else p
+        # Five steps in float32, sums in another order.
+        torch.testing.assert_close(found.detach().cpu(), wanted, rtol=1e-5, atol=1e-6)
