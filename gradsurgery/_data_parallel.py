@@ -88,6 +88,7 @@ class DataParallelSurgery(Surgery):
             raise
         self._pending = plan.names if accumulate else None
         self._reach = dict(zip(map(id, call.targets), call.reached, strict=True))
+        self.warn_without_gradient(any(plan.reach) or any(call.reached))
 
     def _agree(self, parameters: list[Tensor], losses: Losses, accumulate: bool) -> _Plan:
         """What all ranks are going to do; raises on all of them where they do not fit together."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gradsurgery._warn import warn_user
 
 __all__ = [
     "Ranks",
@@ -269,9 +270,8 @@ def look_for_wrappers(parameters: Sequence[Tensor], *, grouped: bool) -> None:
 
 def warn_alone() -> None:
     """Warn that several processes do not share their gradients."""
-    warnings.warn(
+    warn_user(
         f"torch.distributed runs {dist.get_world_size()} processes, and without process_group "
         "surgery operates on each process's own gradients: p.grad differs between ranks. For "
-        "surgery on the global gradients pass process_group=torch.distributed.group.WORLD",
-        stacklevel=7,
+        "surgery on the global gradients pass process_group=torch.distributed.group.WORLD"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -107,6 +108,8 @@ class AdaptiveGradientSurgery(Optimizer):
 
     # ------------------------------------------------------------------ surgery
 
+    # A compiled step leaves its graph here: tracing the surgery would only take time.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def backward(
         self,
         losses: Losses,

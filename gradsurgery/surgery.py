@@ -14,6 +14,7 @@ from torch import Tensor
 from gradsurgery._graph import survey
 from gradsurgery._losses import Losses, read_losses
 from gradsurgery._parameters import check_parameters, refuse_sparse
+from gradsurgery._warn import warn_user
 from gradsurgery.distributed import (
     Ranks,
     agree_over_mesh,
@@ -54,6 +55,7 @@ class Surgery:
         # micro-batches that wait.
         self._reach: dict[int, int] = {}
         self._looked = False
+        self._warned = False
         self._meshes: dict[Any, Ranks] = {}
         _live.add(self)
 
@@ -177,6 +179,7 @@ class Surgery:
                 watch.remove()
         self._pending = names if accumulate else None
         self._reach = dict(zip(map(id, targets), reached, strict=True))
+        self.warn_without_gradient(any(masks.values()) or any(reached))
 
     def _backward_alone(
         self, names: tuple[str, ...], loss: Tensor, *, accumulate: bool, retain: bool
@@ -346,6 +349,16 @@ class Surgery:
         """id -> parameter, of all other plugins."""
         others = (s.parameters() for s in list(_live) if s.optimizer is not self.optimizer)
         return {id(p): p for parameters in others for p in parameters}
+
+    def warn_without_gradient(self, reached: bool) -> None:
+        """Warn once where no loss reaches any parameter held here."""
+        if reached or self._warned:
+            return
+        self._warned = True
+        warn_user(
+            "the losses reach none of the parameters that this optimizer holds, so they get no "
+            "gradient (are they those of a copy of the model?)"
+        )
 
     def _look_at_processes(self, parameters: list[Tensor]) -> None:
         distributed = torch.distributed

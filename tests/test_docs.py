@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch._functorch import config as functorch_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{number}")
+    pytest.param(block, id=f"{page.relative_to(ROOT).with_suffix('')}-{number}")
     for page in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
 ]
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """A setting that a block makes goes no further."""
+    with functorch_config.patch(donated_buffer=functorch_config.donated_buffer):
+        yield
+
+
+@pytest.mark.usefixtures("compiler")
+# Lightning uses what torch deprecates, and advises worker processes where there are more cores.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+# torch.compile looks at .grad of whatever a compiled function is given, also of features.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str) -> None:
     exec(compile(block, "documentation", "exec"), {"__name__": "documentation"})

@@ -648,3 +648,14 @@ def test_a_checkpoint_that_does_not_fit(
         run.optimizer.load_state_dict(saved)
     run.assert_untouched()
     assert_same(run.finish(), untroubled(waiting=waiting))
+
+
+def test_losses_that_reach_nothing_here_get_one_warning() -> None:
+    """A copy's parameters, for one; the message points at the line of the call."""
+    model, copied = GRADVAC.model(), GRADVAC.model()
+    optimizer = AdaptiveGradientSurgery(torch.optim.SGD(copied.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="reach none of the parameters") as caught:
+        optimizer.backward(model.losses(batch(0)))
+    optimizer.backward(model.losses(batch(0)))
+    assert [warning.filename for warning in caught] == [__file__]
+    assert all(p.grad is None for p in copied.parameters())
