@@ -1,4 +1,4 @@
-"""One call of `backward`, from the losses to p.grad. The only module that touches p.grad."""
+"""One call of `backward`, from the losses to p.grad."""
 
 from __future__ import annotations
 

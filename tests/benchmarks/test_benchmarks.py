@@ -25,6 +25,7 @@ TINY = {
     "step": ["--models", "mlp"],
     "overhead": ["--counts", "3"],
     "memory": [],
+    "processes": [],
     "peers": ["--tasks", "2", "--width", "100"],
     "scaling": ["--tasks", "2,3", "--width", "100", "--widths", "1e2,1e3", "--counts", "2,3"],
 }
@@ -52,9 +53,18 @@ def test_command_leaves_whole_rows(
     for row in rows:
         assert row.keys() >= ORIGIN | {"benchmark", "case", "T"}
         # A peer that is not installed is a failure that says so.
-        assert row.keys() >= TIMES or ("peer" in row and "error" in row)
+        whole = row.keys() >= TIMES or row.keys() >= {"from_ms", "to_ms"}
+        assert whole or ("peer" in row and "error" in row)
     assert len({row["date"] for row in rows}) == 1
     assert f"### {rows[0]['benchmark']}" in capsys.readouterr().out
+
+
+def test_processes_move_what_the_formula_says(tmp_path: Path) -> None:
+    rows = [row for row in tiny("processes", tmp_path / "rows.jsonl") if "moved_mb" in row]
+    assert {row["case"] for row in rows} == {"one loss", "every row", "surgery, waiting", "surgery"}
+    for row in rows:
+        # Headers, and agreements of 8 bytes, on rows of 262,144 bytes.
+        assert 1 <= row["moved_over_formula"] < 1.05
 
 
 def test_memory_compares_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
