@@ -16,10 +16,11 @@ from gradsurgery._losses import Losses
 from gradsurgery._parameters import check_parameters, check_replicated, name_of
 from gradsurgery._rows_by_grad import fill_views
 from gradsurgery._spread_rows import SpreadRows
+from gradsurgery._undo import Undo
 from gradsurgery.distributed import Ranks, fingerprint
 from gradsurgery.methods import Method
 from gradsurgery.report import SurgeryReport
-from gradsurgery.surgery import Surgery, add_earlier, explain_donated_buffers
+from gradsurgery.surgery import Surgery, explain_donated_buffers
 
 __all__ = ["DataParallelSurgery"]
 
@@ -71,23 +72,23 @@ class DataParallelSurgery(Surgery):
             )
         parameters = self.parameters()
         plan = self._agree(parameters, losses, accumulate)
-        call = self._arrange(parameters, plan, accumulate)
-        leaves = {id(p): p for p in (*call.targets, *call.inputs)}
-        earlier = {key: leaf.grad for key, leaf in leaves.items()}
+        pending = self._pending is not None
+        # From here on the rows change: what waits is dropped unless the call comes to its end.
+        call = self._arrange(parameters, plan, accumulate=accumulate)
+        undo = Undo({id(p): p for p in (*call.targets, *call.inputs)}, self.order, self.method)
+        report = self.last
         try:
-            for leaf in leaves.values():
-                leaf.grad = None
-            self._run(call, plan, accumulate=accumulate, retain=retain_graph)
+            undo.clear()
+            self._run(call, plan, accumulate=accumulate, retain=retain_graph, add=pending)
             if not accumulate:
-                self._put_together(call, plan.names)
-            add_earlier(leaves, earlier, ())
+                report = self._put_together(call, plan.names)
+            undo.add_earlier()
         except BaseException:
-            for key, leaf in leaves.items():
-                leaf.grad = earlier[key]
-            self.discard()
+            undo.roll_back()
             raise
-        self._pending = plan.names if accumulate else None
+        self.last = report
         self._reach = dict(zip(map(id, call.targets), call.reached, strict=True))
+        self._pending = plan.names if accumulate else None
         self.warn_without_gradient(any(plan.reach) or any(call.reached))
 
     def _agree(self, parameters: list[Tensor], losses: Losses, accumulate: bool) -> _Plan:
@@ -128,7 +129,7 @@ class DataParallelSurgery(Surgery):
         opaque = reduce(or_, (each[3] for each in said))
         return _Plan(names, tensors, seen, together, opaque)
 
-    def _arrange(self, parameters: list[Tensor], plan: _Plan, accumulate: bool) -> _Call:
+    def _arrange(self, parameters: list[Tensor], plan: _Plan, *, accumulate: bool) -> _Call:
         """Room for what the tasks reach on any rank."""
         pending = self._pending is not None
         waits = accumulate or pending
@@ -138,6 +139,7 @@ class DataParallelSurgery(Surgery):
         masks = {id(p): mask for p, mask in zip(parameters, plan.reach, strict=True)}
         if count > 1:
             captured, together = self.choose(parameters, masks, plan.opaque, gather=waits)
+        self._pending = None
         held = {id(p) for p in captured}
         rest = [p for p in parameters if id(p) not in held and (masks[id(p)] or plan.opaque)]
         rows = count if waits else min(count, _ROWS_IN_FLIGHT)
@@ -153,7 +155,7 @@ class DataParallelSurgery(Surgery):
         ]
         return _Call(targets, [before.get(id(p), 0) for p in targets], inputs)
 
-    def _run(self, call: _Call, plan: _Plan, *, accumulate: bool, retain: bool) -> None:
+    def _run(self, call: _Call, plan: _Plan, *, accumulate: bool, retain: bool, add: bool) -> None:
         """One backward per task, rows on their way while the next one runs; then compare notes."""
         failure: BaseException | None = None
         for task, loss in enumerate(plan.losses):
@@ -162,7 +164,7 @@ class DataParallelSurgery(Surgery):
             if failure is None:
                 try:
                     keep = retain or plan.seen.retain[task]
-                    self._fill(call, task, row, loss, plan, keep=keep)
+                    self._fill(call, task, row, loss, plan, keep=keep, add=add)
                 except BaseException as error:
                     failure = error
             # Also after an error: the other ranks are sending theirs.
@@ -180,10 +182,18 @@ class DataParallelSurgery(Surgery):
         call.reached = [reduce(or_, masks) for masks in zip(*(s[2] for s in said), strict=True)]
 
     def _fill(
-        self, call: _Call, task: int, row: int, loss: Tensor | None, plan: _Plan, *, keep: bool
+        self,
+        call: _Call,
+        task: int,
+        row: int,
+        loss: Tensor | None,
+        plan: _Plan,
+        *,
+        keep: bool,
+        add: bool,
     ) -> None:
         """One task's gradient on this rank, into its row."""
-        bit, adds = 1 << task, self._pending is not None
+        bit = 1 << task
         count = len(self._rows.full.parameters)
         views = [self._rows.full.view(row, i) for i in range(count)]
         views += [self._plain.full.view(0, i) for i in range(len(call.targets) - count)]
@@ -202,15 +212,15 @@ class DataParallelSurgery(Surgery):
                     call.inputs,
                     self.optimizer,
                     keep=keep,
-                    add=adds,
+                    add=add,
                 )
         for i in reached:
             call.reached[i] |= bit
         empty = [view for i, view in enumerate(views[:count]) if i not in reached]
-        if empty and not adds:
+        if empty and not add:
             torch._foreach_zero_(empty)
 
-    def _put_together(self, call: _Call, names: tuple[str, ...]) -> None:
+    def _put_together(self, call: _Call, names: tuple[str, ...]) -> SurgeryReport:
         """This rank's parts of the rows -> M -> w -> all of row 0 -> p.grad."""
         rows, plain = self._rows, self._plain
         count = len(rows.full.parameters)
@@ -227,17 +237,18 @@ class DataParallelSurgery(Surgery):
                     for by_weights, mask in zip(operated, call.reached, strict=False)
                 ]
             )
-            self.last = SurgeryReport(names, products, weights)
+            report = SurgeryReport(names, products, weights)
         else:
             device = call.targets[0].device if call.targets else torch.device("cpu")
             one = torch.ones(1, dtype=torch.float64, device=device)
-            self.last = SurgeryReport(names, torch.full_like(one, torch.nan)[:, None], one)
+            report = SurgeryReport(names, torch.full_like(one, torch.nan)[:, None], one)
         arrivals = [*rows.gather(), *plain.gather()]
         for arrived in arrivals:
             arrived()
         for i, (p, mask) in enumerate(zip(call.targets, call.reached, strict=True)):
             if mask:
                 p.grad = rows.full.publish(0, i) if i < count else plain.full.publish(0, i - count)
+        return report
 
     # -------------------------------------------------------------- agreement
 

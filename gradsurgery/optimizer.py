@@ -138,7 +138,8 @@ class AdaptiveGradientSurgery(Optimizer):
         Raises:
             TypeError, ValueError: wrong losses or sparse gradients, before anything is changed.
             NotImplementedError: `features`.
-            RuntimeError: from autograd; p.grad is then what it was before the call.
+            RuntimeError: from autograd; everything is then as before the call, but that
+                micro-batches are dropped (with one loss: what `loss.backward()` leaves).
         """
         _only("features", features, None)
         self._surgery.backward(losses, accumulate=accumulate, retain_graph=bool(retain_graph))

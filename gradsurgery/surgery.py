@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from gradsurgery._graph import survey
 from gradsurgery._losses import Losses, read_losses
 from gradsurgery._parameters import check_parameters, refuse_sparse
+from gradsurgery._undo import Undo
 from gradsurgery._warn import warn_user
 from gradsurgery.distributed import (
     Ranks,
@@ -27,7 +28,7 @@ from gradsurgery.methods import Method
 from gradsurgery.report import SurgeryReport
 from gradsurgery.task_gradients import TaskGradients
 
-__all__ = ["Surgery", "add_earlier", "explain_donated_buffers"]
+__all__ = ["Surgery", "explain_donated_buffers"]
 
 _STATE_VERSION = 2
 # Every live surgery, so that two plugins on parts of one model leave each other's p.grad alone.
@@ -145,6 +146,8 @@ class Surgery:
         captured, together = self.choose(
             parameters, masks, seen.opaque, gather=accumulate or pending
         )
+        # From here on the rows change: what waits is dropped unless the call comes to its end.
+        self._pending = None
         self._gradients.arrange(captured, len(tensors), together, keep=pending)
         earlier_reach = self._reach if pending else {}
         targets = self._gradients.parameters
@@ -152,7 +155,6 @@ class Surgery:
         leaves = {id(p): p for p in captured} | {k: leaf for k, (leaf, _) in seen.leaves.items()}
         foreign = self._foreign(leaves, {id(p) for p in parameters}, hidden=bool(seen.opaque))
         leaves |= foreign
-        earlier = {key: leaf.grad for key, leaf in leaves.items()}
         expected = [seen.tasks_of(p) | seen.opaque for p in targets]
         retain = [retain_graph or kept for kept in seen.retain]
         watched = [
@@ -160,25 +162,24 @@ class Surgery:
         ]
         del seen
         watches = [refuse_sparse(p, self.optimizer) for p in watched]
+        undo = Undo(leaves, self.order, self.method)
+        report = self.last
         try:
-            for leaf in leaves.values():
-                leaf.grad = None
+            undo.clear()
             for task, loss in enumerate(tensors):
                 self._fill_row(task, loss, retain[task], expected, reached)
             if not accumulate:
-                self._operate(names, reached, tensors[0].device)
-            add_earlier(leaves, earlier, foreign)
+                report = self._operate(names, reached, tensors[0].device)
+            undo.add_earlier(foreign)
         except BaseException:
-            # As if the call had not happened, except that rows summed up so far are spoilt.
-            for key, leaf in leaves.items():
-                leaf.grad = earlier[key]
-            self.discard()
+            undo.roll_back()
             raise
         finally:
             for watch in watches:
                 watch.remove()
-        self._pending = names if accumulate else None
+        self.last = report
         self._reach = dict(zip(map(id, targets), reached, strict=True))
+        self._pending = names if accumulate else None
         self.warn_without_gradient(any(masks.values()) or any(reached))
 
     def _backward_alone(
@@ -236,7 +237,9 @@ class Surgery:
                 storage.replace_view(task, i).zero_()
                 reached[i] &= ~bit
 
-    def _operate(self, names: tuple[str, ...], reached: list[int], device: torch.device) -> None:
+    def _operate(
+        self, names: tuple[str, ...], reached: list[int], device: torch.device
+    ) -> SurgeryReport:
         """Rows -> M -> w -> row 0 -> p.grad."""
         storage = self._gradients
         least = 2 if self.scope == "shared" else 1
@@ -250,7 +253,7 @@ class Surgery:
             elif mask:
                 # A head: its own task's plain gradient.
                 p.grad = storage.publish(mask.bit_length() - 1, index)
-        self.last = SurgeryReport(names, gram, weights)
+        return SurgeryReport(names, gram, weights)
 
     def read(
         self, losses: Losses, parameters: list[Tensor], *, absent: bool = False
@@ -382,27 +385,3 @@ def explain_donated_buffers() -> Iterator[None]:
             "a compiled model reuses its saved tensors, and several losses share its graph: "
             "set torch._functorch.config.donated_buffer = False before the model is compiled"
         ) from error
-
-
-def add_earlier(
-    leaves: dict[int, Tensor], earlier: dict[int, Tensor | None], foreign: Iterable[int]
-) -> None:
-    """A gradient that was there is added to, in place, as autograd does; None stays None."""
-    sums: list[Tensor] = []
-    terms: list[Tensor] = []
-    for key, leaf in leaves.items():
-        there, new = earlier[key], leaf.grad
-        if key in foreign:
-            leaf.grad = there
-        elif there is None:
-            continue
-        elif new is not None and there.layout != new.layout:
-            # A sparse gradient becomes dense by the addition, also in autograd.
-            leaf.grad = new + there
-        else:
-            leaf.grad = there
-            if new is not None:
-                sums.append(there)
-                terms.append(new)
-    if sums:
-        torch._foreach_add_(sums, terms)

@@ -49,10 +49,11 @@ class TaskGradients:
     """
 
     def __init__(self, parts: int = 1) -> None:
+        # First here, and last in `_allocate`: what an interrupt leaves half-made is no layout.
+        self._key: tuple[object, ...] = ()
         self.parameters: list[Tensor] = []
         self.parts = parts
         self.count = 0
-        self._key: tuple[object, ...] = ()
         self.buffers: list[Tensor] = []
         """One for each kind of parameter, [count, width]."""
         self._spread: list[tuple[object, ...]] = []
@@ -200,9 +201,10 @@ class TaskGradients:
         self._slots = [slots[i] for i in order]
         self._views = [[self._make_view(t, i) for i in range(len(order))] for t in range(count)]
         self._places = [[_place(view) for view in row] for row in self._views]
-        self.count, self._key = count, key
+        self.count = count
         self._shares_at_rest = [_shares(buffer) for buffer in self.buffers]
         self._references_at_rest = max(max(_references(row), default=0) for row in self._views)
+        self._key = key
 
     def _make_view(self, task: int, index: int) -> Tensor:
         slot = self._slots[index]

@@ -102,6 +102,22 @@ class Method(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take up what `state_dict` gave."""
 
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs to take back one call of `weights`; does not wait for the device."""
+        return {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+
+    def restore(self, taken: dict[str, Any]) -> None:
+        """Be what `snapshot` saw, in the same memory: captured CUDA graphs read it."""
+        for name, value in taken.items():
+            now = vars(self)[name]
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.shape == value.shape:
+                now.copy_(value)
+            else:
+                setattr(self, name, value)
+
     def __repr__(self) -> str:
         """Class and hyperparameters, as they would be written to make this method again."""
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}

@@ -135,6 +135,28 @@ def test_an_interrupt_on_one_rank(two: Processes) -> None:
     assert torch.equal(gradient, other)
 
 
+def rows_in_memory(count: int) -> tuple[int, int, int]:
+    """Elements of D, of full rows, of parts."""
+    network = nn.Linear(100, 100, bias=False)
+    nn.init.ones_(network.weight)
+    optimizer = AdaptiveGradientSurgery(
+        torch.optim.SGD(network.parameters()), process_group=dist.group.WORLD
+    )
+    out = network(torch.ones(1, 100))
+    optimizer.backward([out[0, t] + out.square().sum() for t in range(count)])
+    rows = optimizer._surgery._rows
+    own = sum(part.numel() for part in rows._own)
+    return 10_000, sum(buffer.numel() for buffer in rows.full.buffers), own
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_two_full_rows_whatever_the_number_of_tasks(four: Processes, count: int) -> None:
+    for width, full_rows, parts in four(rows_in_memory, count):
+        # Widths are padded to whole parts of 64 bytes each.
+        assert 2 * width <= full_rows <= 2 * (width + 64)
+        assert count * width // 4 <= parts <= count * (width + 64) // 4
+
+
 def loopback_bytes() -> int:
     lines = [line.split() for line in Path("/proc/net/dev").read_text().splitlines()]
     return next(int(words[9]) for words in lines if words[0] == "lo:")

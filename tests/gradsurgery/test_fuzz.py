@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import reference
@@ -11,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gradsurgery import AdaptiveGradientSurgery, aggregate, kernels
 from gradsurgery.methods import GradVac
@@ -26,6 +31,7 @@ ILL_CONDITIONED = 1e4
 KINDS = (
     *("linear", "tied", "conv", "conv_last", "batch_norm", "embedding", "scalar", "empty"),
     *("expanded", "complex", "strided", "transposed", "pair", "wide"),
+    *("function", "checkpoint", "hooked"),
 )
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
 WIDTH, ROWS = 4, 3
@@ -40,7 +46,8 @@ class Unit:
     dtype: torch.dtype
     frozen: bool
     owner: int
-    """0, 1, 2: the plugin; 3: another, plain optimizer; 4: added to the plugin later."""
+    """0, 1, 2: a group of the plugin; 3: a plain optimizer; 4: added to the plugin later;
+    5: another plugin."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class Step:
     twice: bool
     toggle: int
     keep: str
+    fewer: int
+    """How many of the last tasks rest in this step."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class Case:
     seed: int
     grads_there: int
     input_grad: bool
+    named: bool
+    """Losses come as a mapping, in another order in every second micro-batch."""
 
 
 _units = st.builds(
@@ -83,7 +94,7 @@ _units = st.builds(
     source=st.integers(0, 5),
     dtype=st.sampled_from(DTYPES),
     frozen=st.sampled_from((False, False, False, True)),
-    owner=st.integers(0, 4),
+    owner=st.integers(0, 5),
 )
 _tasks = st.builds(
     Task,
@@ -98,18 +109,36 @@ _steps = st.builds(
     twice=st.sampled_from((False, False, True)),
     toggle=st.integers(0, 12),
     keep=st.sampled_from(("itself", "alias", "view", "")),
+    fewer=st.sampled_from((0, 0, 0, 1, 2)),
 )
 cases = st.builds(
     Case,
     units=st.lists(_units, min_size=1, max_size=6).map(tuple),
     tasks=st.lists(_tasks, min_size=1, max_size=6).map(tuple),
     steps=st.lists(_steps, min_size=1, max_size=3).map(tuple),
-    method=st.sampled_from(("sum", "mean", "ags", "ags", "pcgrad")),
+    method=st.sampled_from(("sum", "mean", "ags", "ags", "pcgrad", "gradvac")),
     scope=st.sampled_from(("shared", "shared", "all")),
     seed=st.integers(0, 2**31 - 1),
     grads_there=st.integers(0, 3),
     input_grad=st.booleans(),
+    named=st.booleans(),
 )
+
+
+class Product(torch.autograd.Function):
+    """h @ W with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
+        """As `@`."""
+        ctx.save_for_backward(h, weight)
+        return h @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Both gradients, also where only one of them is asked for."""
+        h, weight = ctx.saved_tensors
+        return gradients[0] @ weight.t(), h.t() @ gradients[0]
 
 
 class Network:
@@ -177,6 +206,9 @@ def _tensors(unit: Unit) -> dict[str, Tensor]:
         "strided": {"holes": torch.randn(WIDTH, 2 * WIDTH).to(dtype)[:, ::2]},
         "transposed": {"turned": square.t()},
         "pair": {"weight": square, "bias": vector.double()},
+        "function": {"weight": square},
+        "checkpoint": {"weight": square, "bias": vector},
+        "hooked": {"weight": square, "bias": vector},
         "wide": {"up": torch.randn(WIDTH, 1100).mul(0.05)},
     }
     return builders[unit.kind]
@@ -186,6 +218,18 @@ def _apply(unit: Unit, made: dict[str, nn.Parameter], h: Tensor) -> Tensor:
     if unit.kind in ("linear", "tied", "pair"):
         weight, bias = made["weight"], made["bias"]
         return (h.to(weight.dtype) @ weight.t() + bias).tanh()
+    if unit.kind == "function":
+        return Product.apply(h.to(unit.dtype), made["weight"]).tanh()
+    if unit.kind == "checkpoint":
+        weight, bias = made["weight"], made["bias"]
+        return checkpoint(
+            lambda h: (h.to(weight.dtype) @ weight.t() + bias).tanh(), h, use_reentrant=False
+        )
+    if unit.kind == "hooked":
+        out = h.to(unit.dtype) @ made["weight"].t() + made["bias"]
+        if out.requires_grad:
+            out.register_hook(lambda gradient: -0.5 * gradient)
+        return out.tanh()
     if unit.kind in ("conv", "conv_last"):
         kernel = made["kernel"]
         image = h.to(kernel.dtype).reshape(ROWS, 2, 2, 1)
@@ -221,10 +265,17 @@ class Runner:
         net, case = self.network, self.case
         self.own = [p for p, owner in zip(net.parameters, net.owners, strict=True) if owner < 3]
         self.late = [p for p, owner in zip(net.parameters, net.owners, strict=True) if owner == 4]
-        base = torch.optim.SGD(self.own, lr=1e-2)
-        self.optimizer = AdaptiveGradientSurgery(
-            base, case.method, scope=case.scope, seed=case.seed
-        )
+        owned = list(zip(net.parameters, net.owners, strict=True))
+        self.foreign = {id(p): p for p, owner in owned if owner == 5}
+        groups = [{"params": [p for p, owner in owned if owner == group]} for group in range(3)]
+        base = torch.optim.SGD([group for group in groups if group["params"]], lr=1e-2)
+        rule = GradVac(beta=0.3) if case.method == "gradvac" else case.method
+        self.optimizer = AdaptiveGradientSurgery(base, rule, scope=case.scope, seed=case.seed)
+        self.other = None
+        if self.foreign:
+            idle = torch.optim.SGD(list(self.foreign.values()), lr=1e-2)
+            self.other = AdaptiveGradientSurgery(idle, "sum")
+        self.count = len(case.tasks)
         self.generator = torch.Generator().manual_seed(case.seed)
         self.spread = any(unit.kind == "expanded" for unit in case.units)
         for number, p in enumerate(net.parameters):
@@ -236,6 +287,9 @@ class Runner:
         for number, step in enumerate(self.case.steps):
             if number:
                 self._between(step, number)
+            # GradVac's tasks are always the same.
+            fewer = 0 if self.case.method == "gradvac" else step.fewer
+            self.count = max(len(self.case.tasks) - fewer, 1)
             kept = self._clear(step)
             self._backward(step)
             for tensor, copy in kept:
@@ -271,17 +325,20 @@ class Runner:
         grads = [p.grad for p in everything]
         there = [None if g is None else g.clone() for g in grads]
         strides = [None if g is None else g.stride() for g in grads]
-        total: reference.Gradients = [[None] * len(everything) for _ in self.case.tasks]
+        total: reference.Gradients = [[None] * len(everything) for _ in range(self.count)]
         magnitudes = [0.0] * len(everything)
         for micro in range(step.micro_batches):
             x = torch.randn(ROWS, WIDTH, requires_grad=self.case.input_grad)
-            losses = self.network.losses(x, micro)
+            losses = self.network.losses(x, micro)[: self.count]
             rows = self._task_gradients(losses)
             total = reference.add_gradients(total, rows)
             magnitudes = [m + _magnitude(rows, i) for i, m in enumerate(magnitudes)]
             strides = self._autograds_strides(losses, strides)
             last = micro == step.micro_batches - 1
-            self._call(losses, x, accumulate=not last, retain_graph=last and step.twice)
+            turned = micro % 2 == 1
+            self._call(
+                losses, x, accumulate=not last, retain_graph=last and step.twice, turned=turned
+            )
             if not last:
                 self._compare_waiting(grads, there)
         self._compare(total, there, strides, magnitudes, coarse=step.micro_batches > 1)
@@ -303,7 +360,13 @@ class Runner:
         return rows
 
     def _call(
-        self, losses: list[Tensor], x: Tensor, *, accumulate: bool, retain_graph: bool
+        self,
+        losses: list[Tensor],
+        x: Tensor,
+        *,
+        accumulate: bool,
+        retain_graph: bool,
+        turned: bool = False,
     ) -> None:
         """The call under test; x.grad is the plain sum's, whatever the method."""
         slope, size = None if x.grad is None else reference.widen(x.grad), 0.0
@@ -312,7 +375,12 @@ class Runner:
             size = _magnitude(rows, 0) + (0.0 if slope is None else float(slope.norm()))
             for row in rows:
                 slope = reference.add(slope, row[0])
-        self.optimizer.backward(losses, accumulate=accumulate, retain_graph=retain_graph)
+        given: list[Tensor] | Mapping[str, Tensor] = losses
+        if self.case.named:
+            named = {f"task {number}": loss for number, loss in enumerate(losses)}
+            given = dict(reversed(named.items())) if turned else named
+        self.target = json.loads(self.optimizer.method.state_dict().get("target") or "[]")
+        self.optimizer.backward(given, accumulate=accumulate, retain_graph=retain_graph)
         assert (x.grad is None) == (slope is None)
         if slope is not None:
             assert float((x.grad - slope).abs().max()) <= ROUNDING[torch.float32] * size
@@ -336,7 +404,7 @@ class Runner:
         """A micro-batch leaves p.grad of the plugin's parameters alone."""
         own = {id(p) for p in self.own}
         for p, same, value in zip(self.network.parameters, grads, there, strict=True):
-            if id(p) in own and len(self.case.tasks) > 1:
+            if id(p) in own and self.count > 1:
                 assert p.grad is same
                 assert same is None or torch.equal(same, value)
 
@@ -354,14 +422,18 @@ class Runner:
         own = {id(p) for p in self.own}
         mine = [i for i, p in enumerate(everything) if id(p) in own]
         orders = (
-            reference.draw_orders(self.generator, len(case.tasks), shared=case.method == "ags")
-            if case.method in ("ags", "pcgrad")
+            reference.draw_orders(self.generator, self.count, shared=case.method == "ags")
+            if case.method in ("ags", "pcgrad", "gradvac")
             else []
         )
+        # Its targets as they were: what rounding did to them does not add up over the calls.
+        rule: reference.Method = reference.GradVac(beta=0.3, target=self.target)
+        if case.method != "gradvac" or self.count == 1:
+            rule = reference.METHODS["sum" if self.count == 1 else case.method]
         answer = reference.surgery(
             [[row[i] for i in mine] for row in total],
             [everything[i] for i in mine],
-            reference.METHODS["sum" if len(case.tasks) == 1 else case.method],
+            rule,
             scope=case.scope,
             orders=orders,
         )
@@ -371,6 +443,10 @@ class Runner:
             expected = [reference.add(e, g) for e, g in zip(expected, row, strict=True)]
         for i, gradient in zip(mine, answer.gradients, strict=True):
             expected[i] = gradient
+        # What another plugin owns is left to it.
+        for i, p in enumerate(everything):
+            if id(p) in self.foreign:
+                expected[i] = None
         operated = {i for i, yes in zip(mine, answer.operated, strict=True) if yes}
         limits = self._limits(answer, operated, magnitudes, coarse=coarse)
         for i, (p, wanted, old) in enumerate(zip(everything, expected, there, strict=True)):
@@ -397,13 +473,16 @@ class Runner:
         limits = [
             ROUNDING[_real(p.dtype)] * size for p, size in zip(parameters, magnitudes, strict=True)
         ]
-        if method in ("sum", "mean") or len(self.case.tasks) == 1:
+        if method in ("sum", "mean") or self.count == 1:
             return limits
         # Rows that were added up in their own dtype are no more exact than that, nor is M.
         dtypes = {_real(parameters[i].dtype) for i in operated}
         gram_error = ROUNDING[torch.float64 if dtypes == {torch.float64} else torch.float32]
         if coarse:
             gram_error = max((ROUNDING[dtype] for dtype in dtypes), default=0.0)
+        if method == "gradvac":
+            # sqrt(1 - cos²) makes sqrt(e) of a cosine's error e where the cosine is close to ±1.
+            gram_error = 3 * gram_error**0.5
         condition = scale = 1.0
         if method == "ags" and answer.before > 0:
             shortest = min(answer.before, answer.after)
@@ -453,7 +532,7 @@ _options = settings(
 )
 
 
-@settings(_options, max_examples=2000, derandomize=True)
+@settings(_options, max_examples=1500, derandomize=True)
 @given(cases)
 def test_p_grad_is_what_the_definition_says(case: Case) -> None:
     """Values, None-ness, dtype, shape and strides of p.grad, over whole random runs."""
@@ -463,8 +542,11 @@ def test_p_grad_is_what_the_definition_says(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_p_grad_is_what_the_definition_says_under_a_random_seed() -> None:
-    """The same for 10,000 more cases; the seed is printed, and in the message of a failure."""
-    drawn = random.SystemRandom().randrange(2**32)
+    """The same for 10,000 more cases; the seed is printed, and in the message of a failure.
+
+    FUZZ_SEED takes it up again.
+    """
+    drawn = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**32)))
     print(f"hypothesis seed {drawn}")
 
     @seed(drawn)
