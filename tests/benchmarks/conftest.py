@@ -5,9 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Not as a module with doctests: two files of this name cannot both be imported.
-collect_ignore = ["conftest.py"]
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from launch import Processes
 
-# Not as a module with doctests: two files of this name cannot both be imported.
-collect_ignore = ["conftest.py"]
 _measured: list[tuple[str, float]] = []
 
 

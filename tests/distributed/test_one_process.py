@@ -22,6 +22,8 @@ DATA_PARALLEL = [
     Setting("ddp", dtype=torch.bfloat16),
     Setting("ddp", autocast=True),
     Setting("ddp find_unused", scaler=True, clip=True),
+    Setting("ddp", checkpointed=True),
+    Setting("bare", compiled=True),
 ]
 FULLY_SHARD = [
     *(Setting(how, micro_batches=count) for how in SHARDED for count in (1, 3)),
@@ -30,6 +32,7 @@ FULLY_SHARD = [
     Setting("fully_shard root", dtype=torch.float64),
     Setting("fully_shard blocks mixed"),
     Setting("fully_shard blocks", scaler=True, clip=True),
+    Setting("fully_shard blocks", checkpointed=True),
 ]
 ON_FOUR = [
     Setting("bare"),

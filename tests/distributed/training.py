@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from gradsurgery import AdaptiveGradientSurgery
 
 SAMPLES = 16
 STEPS = 10
+FLAGS = ("autocast", "scaler", "clip", "checkpointed", "compiled")
 DDP = {
     "ddp": {},
     "ddp find_unused": {"find_unused_parameters": True},
@@ -37,10 +40,14 @@ class Network(nn.Module):
             self.second = nn.Linear(13, 5)
             self.heads = nn.ModuleList(nn.Linear(5, width) for width in (3, 1, 2))
             self.unused = nn.Linear(2, 2)
+        self.trunk: Any = self.features
         self.to(dtype)
 
+    def features(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x).tanh()))
+
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = self.second(self.norm(self.first(x).tanh()))
+        features = self.trunk(x)
         first, second, third = (head(features) for head in self.heads)
         return [
             first.float().square().mean(),
@@ -63,9 +70,11 @@ class Setting:
     scaler: bool = False
     clip: bool = False
     freeze_unused: bool = False
+    checkpointed: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
-        extras = [name for name in ("autocast", "scaler", "clip") if getattr(self, name)]
+        extras = [name for name in FLAGS if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         words = [self.how, self.method, f"T={self.tasks}", self.scope, dtype, *extras]
         return " ".join(words) + (f" micro={self.micro_batches}" if self.micro_batches > 1 else "")
@@ -97,6 +106,10 @@ def make(setting: Setting, seed: int = 0) -> tuple[nn.Module, nn.Module, Adaptiv
     """The bare network, the wrapped one, the optimizer."""
     network = Network(setting.dtype)
     network.unused.requires_grad_(not setting.freeze_unused)
+    if setting.checkpointed:
+        network.trunk = partial(checkpoint, network.features, use_reentrant=False)
+    if setting.compiled:
+        network.trunk = torch.compile(network.features, backend="aot_eager")
     model, group = wrap(network, setting.how)
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
     optimizer = AdaptiveGradientSurgery(
