@@ -13,7 +13,12 @@ from torch import Tensor
 
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery._losses import Losses
-from gradsurgery._parameters import check_parameters, check_replicated, name_of
+from gradsurgery._parameters import (
+    check_parameters,
+    check_replicated,
+    name_of,
+    refuse_inner_backward,
+)
 from gradsurgery._rows_by_grad import fill_views
 from gradsurgery._spread_rows import SpreadRows
 from gradsurgery._undo import Undo
@@ -75,7 +80,8 @@ class DataParallelSurgery(Surgery):
         pending = self._pending is not None
         # From here on the rows change: what waits is dropped unless the call comes to its end.
         call = self._arrange(parameters, plan, accumulate=accumulate)
-        undo = Undo({id(p): p for p in (*call.targets, *call.inputs)}, self.order, self.method)
+        leaves = (*parameters, *call.targets, *call.inputs)
+        undo = Undo({id(leaf): leaf for leaf in leaves}, self.order, self.method)
         report = self.last
         try:
             undo.clear()
@@ -113,7 +119,10 @@ class DataParallelSurgery(Surgery):
         known = self._known
         reach = tuple(seen.tasks_of(p) for p in parameters)
         error_text = f"{type(failure).__name__}: {failure}" if failure else None
-        said = self._ranks.exchange((error_text, settings, reach, seen.opaque, is_new))
+        # Nodes written in Python show what they reach, unless they run a backward of their own, and
+        # that is refused. They are common here: gathering samples, synchronised batch norm.
+        hidden = 0 if seen.complete else seen.opaque
+        said = self._ranks.exchange((error_text, settings, reach, hidden, is_new))
         if failure is not None:
             raise failure
         if len({each[1]["parameters"] for each in said}) > 1:
@@ -199,11 +208,11 @@ class DataParallelSurgery(Surgery):
         views += [self._plain.full.view(0, i) for i in range(len(call.targets) - count)]
         reached: set[int] = set()
         if loss is not None:
-            hidden = plan.seen.opaque & bit
+            known = plan.seen.complete
             wanted = {
                 i: view
                 for i, (p, view) in enumerate(zip(call.targets, views, strict=True))
-                if hidden or plan.seen.tasks_of(p) & bit
+                if (not known and p.requires_grad) or plan.seen.tasks_of(p) & bit
             }
             with explain_donated_buffers():
                 reached = fill_views(
@@ -214,6 +223,7 @@ class DataParallelSurgery(Surgery):
                     keep=keep,
                     add=add,
                 )
+            refuse_inner_backward(self.parameters())
         for i in reached:
             call.reached[i] |= bit
         empty = [view for i, view in enumerate(views[:count]) if i not in reached]

@@ -37,6 +37,8 @@ class GraphSurvey:
     opaque: int = 0
     """Tasks with a node that may run another backward inside (reentrant checkpointing,
     reversible layers): they can reach leaves that the graph does not show."""
+    complete: bool = True
+    """False for a graph too deep to look at, of which only `opaque` says anything."""
     sparse: list[Tensor] = field(default_factory=list)
     """Leaves that will get a sparse gradient."""
     doubtful: set[int] = field(default_factory=set)
@@ -60,7 +62,7 @@ def survey(losses: Sequence[Tensor | None]) -> GraphSurvey:
         # As careful as can be: keep every graph for the next task, and expect anything.
         everything = (1 << len(losses)) - 1
         retain = [True] * (len(losses) - 1) + [False]
-        return GraphSurvey(retain=retain, opaque=everything)
+        return GraphSurvey(retain=retain, opaque=everything, complete=False)
     result = GraphSurvey(retain=[])
     kept = 0
     below_sparse: set[Node] = set()

@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from gradsurgery._graph import GraphSurvey
 
 __all__ = [
-    "check_gradients",
     "check_parameters",
     "check_replicated",
     "name_of",
+    "refuse_inner_backward",
     "refuse_sparse",
     "sparse_error",
 ]
@@ -85,24 +85,13 @@ def check_replicated(
             )
 
 
-def check_gradients(
-    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
-) -> None:
-    """Check what a backward gave.
-
-    Raises:
-        ValueError: a sparse gradient.
-        RuntimeError: a node ran a backward of its own, whose gradients went elsewhere.
-    """
-    for p, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None and gradient.layout != torch.strided:
-            raise sparse_error(p, optimizer)
-        if p.grad is not None:
-            raise RuntimeError(
-                "a node of the graph ran a backward of its own (reentrant checkpointing, "
-                "reversible layers), which process_group does not see; use_reentrant=False does "
-                "without"
-            )
+def refuse_inner_backward(parameters: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where a node ran a backward of its own, whose gradients went to p.grad."""
+    if any(p.grad is not None for p in parameters):
+        raise RuntimeError(
+            "a node of the graph ran a backward of its own (reentrant checkpointing, reversible "
+            "layers), which process_group does not see; use_reentrant=False does without"
+        )
 
 
 def refuse_sparse(parameter: Tensor, optimizer: Optimizer) -> RemovableHandle:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery._parameters import check_gradients, sparse_error
+from gradsurgery._parameters import sparse_error
 
 __all__ = ["fill_views"]
 
@@ -41,7 +41,7 @@ def fill_views(
         The keys of the parameters that got a gradient.
 
     Raises:
-        ValueError, RuntimeError: see `check_gradients`; views are then spoilt.
+        ValueError: a gradient is sparse; views are then spoilt.
     """
     streamed: set[int] = set()
     handles = [
@@ -57,13 +57,14 @@ def fill_views(
     finally:
         for handle in handles:
             handle.remove()
-    check_gradients(optimizer, parameters, gradients[: len(parameters)])
     views: list[Tensor] = []
     new: list[Tensor] = []
     reached = set(streamed)
     for (key, (p, view)), gradient in zip(targets.items(), gradients, strict=False):
         given = None if key in streamed else _after_hooks(p, gradient)
         if given is not None:
+            if given.layout != torch.strided:
+                raise sparse_error(p, optimizer)
             views.append(view)
             new.append(given)
             reached.add(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,34 @@ def test_hooks_run_once_a_task_and_inputs_keep_their_gradient(two: Processes) ->
     assert two(hooks_and_inputs) == [(3, 3, True, True)] * 2
 
 
+class Doubled(torch.autograd.Function):
+    """A node written in Python, as gathering samples over ranks is; it hides nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def python_nodes() -> tuple[int, bool]:
+    """Parameters with rows, and whether p.grad is as without the node."""
+    found = []
+    for through in (Doubled.apply, lambda x: 2 * x):
+        network, _, optimizer = make(Setting())
+        losses = [through(loss) for loss in network(batches(1)[0])]
+        optimizer.backward(losses)
+        found.append(gradients(network))
+    return len(optimizer._surgery._rows.full.parameters), same(*found)
+
+
+def test_heads_have_no_rows_behind_a_node_written_in_python(two: Processes) -> None:
+    # Of the 14 parameters the six of the trunk; the heads are averaged, the unused layer is not.
+    assert two(python_nodes) == [(6, True)] * 2
+
+
 def buffers() -> tuple[Tensor, Tensor]:
     """Running means under DistributedDataParallel, which sends rank 0's at each forward."""
     torch.manual_seed(0)
@@ -261,6 +290,21 @@ def test_other_parameters_are_refused(two: Processes, how: str, expected: str) -
         assert expected in message
 
 
+class Inside(torch.autograd.Function):
+    """A node that runs a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            ctx.weight.sum().backward()
+        return gradient, None
+
+
 def unsuitable(what: str) -> str:
     network = Network()
     parameters = list(network.parameters())
@@ -273,6 +317,8 @@ def unsuitable(what: str) -> str:
 
         x = batches(1)[0].requires_grad_()
         losses = [loss + checkpoint(network.first, x, use_reentrant=True).sum() for loss in losses]
+    elif what == "backward inside":
+        losses = [Inside.apply(loss, network.unused.weight) for loss in losses]
     elif what == "mixed precision":
         # DistributedDataParallel's own leaves this mark; it needs streams, which a CPU has not.
         network.first.weight._mp_param = network.first.weight.to(torch.bfloat16)
@@ -299,6 +345,7 @@ def unsuitable(what: str) -> str:
 UNSUITABLE = {
     "a stranger's parameter": "ValueError: losses reach a parameter of shape [13",
     "reentrant": "use_reentrant=False",
+    "backward inside": "ran a backward of its own",
     "mixed precision": "use torch.autocast",
     "sparse": "sparse gradient",
     "wrapped, no group": "pass process_group=torch.distributed.group.WORLD",
