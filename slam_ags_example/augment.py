@@ -31,8 +31,14 @@ class Views(Protocol):
 
     centre_is_a_view: ClassVar[bool]
 
-    def random(self, images: Tensor, seed: int, key: str) -> Tensor:
-        """One random view of each image: uint8 [N, C, H, W] to float32 [N, C, h, w]."""
+    def random(
+        self, images: Tensor, seed: int, key: str, *, first: int = 0, n: int | None = None
+    ) -> Tensor:
+        """One random view of each image: uint8 [N, C, H, W] to float32 [N, C, h, w].
+
+        With ``n`` they are the views that these images get as rows ``first`` to ``first`` + N of
+        ``n`` images with this key.
+        """
         ...
 
     def centre(self, images: Tensor) -> Tensor:
@@ -77,13 +83,16 @@ class SmearViews:
         """Side of the crop of a patch of this side."""
         return max(1, round(self.crop_share * image_px))
 
-    def random(self, images: Tensor, seed: int, key: str) -> Tensor:
+    def random(
+        self, images: Tensor, seed: int, key: str, *, first: int = 0, n: int | None = None
+    ) -> Tensor:
         """One random view of each image; see :class:`Views`."""
-        random, n = generator(seed, key), len(images)
-        crops = self._crop(images, random).float() / 255
+        random, n = generator(seed, key), len(images) if n is None else n
+        own = slice(first, first + len(images))
+        crops = self._crop(images, random, n, own).float() / 255
         on = torch.rand(n, generator=random) < self.p_jitter
         draws = (2 * torch.rand(4, n, generator=random) - 1) * self.jitter * on
-        brightness, contrast, saturation, hue = draws.to(images.device)
+        brightness, contrast, saturation, hue = draws[:, own].to(images.device)
         views = _jitter(crops, 1 + brightness, 1 + contrast, 1 + saturation, hue)
         return self._normalise(views)
 
@@ -94,22 +103,22 @@ class SmearViews:
         crops = images[:, :, top : top + side, left : left + side]
         return self._normalise(crops.float() / 255)
 
-    def _crop(self, images: Tensor, random: torch.Generator) -> Tensor:
+    def _crop(self, images: Tensor, random: torch.Generator, n: int, own: slice) -> Tensor:
         """Crop, flip and turn by looking up each pixel of the result, [N, C, side, side]."""
-        n, _, height, width = images.shape
+        height, width = images.shape[-2:]
         side = self.crop_px(height)
-        top = torch.randint(height - side + 1, (n, 1, 1), generator=random)
-        left = torch.randint(width - side + 1, (n, 1, 1), generator=random)
-        flip = torch.rand((n, 1, 1), generator=random) < self.p_flip
-        turned = torch.rand((n, 1, 1), generator=random) < self.p_turn
-        turns = torch.randint(1, 4, (n, 1, 1), generator=random) * turned
+        top = torch.randint(height - side + 1, (n, 1, 1), generator=random)[own]
+        left = torch.randint(width - side + 1, (n, 1, 1), generator=random)[own]
+        flip = torch.rand((n, 1, 1), generator=random)[own] < self.p_flip
+        turned = torch.rand((n, 1, 1), generator=random)[own] < self.p_turn
+        turns = torch.randint(1, 4, (n, 1, 1), generator=random)[own] * turned
         row, column = torch.arange(side).view(1, side, 1), torch.arange(side).view(1, 1, side)
         last = side - 1
         row, column = _turn(row, column, last, turns)
         column = torch.where(flip, last - column, column)
         place = ((top + row) * width + left + column).to(images.device)
-        flat = images.flatten(2).gather(2, place.view(n, 1, -1).expand(-1, images.shape[1], -1))
-        return flat.view(n, -1, side, side)
+        place = place.flatten(1).unsqueeze(1).expand(-1, images.shape[1], -1)
+        return images.flatten(2).gather(2, place).view(*images.shape[:2], side, side)
 
     def _normalise(self, views: Tensor) -> Tensor:
         mean = torch.tensor(self.mean, device=views.device).view(-1, 1, 1)
@@ -192,12 +201,16 @@ class DigitViews:
     contrast: float = 0.2
     noise_std: float = 0.15
 
-    def random(self, images: Tensor, seed: int, key: str) -> Tensor:
+    def random(
+        self, images: Tensor, seed: int, key: str, *, first: int = 0, n: int | None = None
+    ) -> Tensor:
         """One random view of each image, in [0, 1]; see :class:`Views`."""
-        random = generator(seed, key)
-        n, _, height, width = images.shape
-        draws = (2 * torch.rand((6, n), generator=random) - 1).to(images.device)
-        noise = torch.randn(images.shape, generator=random).to(images.device)
+        if not len(images):  # affine_grid takes none
+            return self.centre(images)
+        random, n = generator(seed, key), len(images) if n is None else n
+        own, (height, width) = slice(first, first + len(images)), images.shape[-2:]
+        draws = (2 * torch.rand((6, n), generator=random) - 1)[:, own].to(images.device)
+        noise = torch.randn((n, *images.shape[1:]), generator=random)[own].to(images.device)
         angle, zoom, shear, shift_x, shift_y, contrast = draws
         zoom = 1 / (1 + self.scale * zoom)
         angle_rad, shear = math.radians(self.rotation_deg) * angle, self.shear * shear
@@ -205,12 +218,12 @@ class DigitViews:
         # affine_grid counts in half-widths: one pixel is 2/width.
         shift_x, shift_y = self.shift_px * 2 / width * shift_x, self.shift_px * 2 / height * shift_y
         rows = [cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y]
-        affine = torch.stack(rows, dim=1).view(n, 2, 3)
+        affine = torch.stack(rows, dim=1).view(-1, 2, 3)
         grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
         views = functional.grid_sample(
             self.centre(images), grid, padding_mode="zeros", align_corners=False
         )
-        views = views * (1 + self.contrast * contrast.view(n, 1, 1, 1))
+        views = views * (1 + self.contrast * contrast.view(-1, 1, 1, 1))
         noisy: Tensor = views + self.noise_std * noise
         return noisy.clamp(0, 1)
 

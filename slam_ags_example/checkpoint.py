@@ -10,6 +10,7 @@ import torch
 
 from slam_ags_example.config import InputError
 from slam_ags_example.output import write_whole
+from slam_ags_example.ranks import rank
 
 __all__ = ["BEST", "LAST", "Checkpoints", "read_checkpoint", "read_torch"]
 
@@ -59,7 +60,9 @@ class Checkpoints:
     resume: bool = False
 
     def write(self, content: Mapping[str, Any], *, best: bool = False) -> None:
-        """Write the last checkpoint, or the best one, atomically."""
+        """Write the last checkpoint, or the best one, atomically; of several processes one does."""
+        if rank() > 0:
+            return
         whole = {"format": _FORMAT, "settings": dict(self.settings), **content}
         write_whole(self.folder / (BEST if best else LAST), lambda file: torch.save(whole, file))
 

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,9 +22,10 @@ from slam_ags_example.config import (
     settle,
 )
 from slam_ags_example.help import DESCRIPTION, EPILOGS, SUMMARIES
+from slam_ags_example.launch import Launch
 from slam_ags_example.options import OPTIONS, STAGES, Option
 from slam_ags_example.output import read_json
-from slam_ags_example.run import run_stages, take_over
+from slam_ags_example.run import help_pretraining, run_stages, take_over
 from slam_ags_example.stages import FILES
 
 __all__ = ["main"]
@@ -49,24 +50,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 training failed, 2 wrong option or input, 130 interrupted.
     """
+    launch: Launch | None = None
     try:
-        given = vars(_parser().parse_args(argv))
-        command = given.pop("command")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("this version trains in one process: start it without torchrun")
-        return _study(given) if command == "study" else _run(command, given)
+        launch = Launch.of_environment()
+        if launch is not None and launch.rank > 0:
+            help_pretraining(launch)
+            return EXIT_DONE
+        return _command(argv, launch)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     except InputError as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        return _fail(str(error), EXIT_BAD_INPUT, launch)
     except TrainingFailedError as error:
-        return _fail(str(error), EXIT_FAILED)
+        return _fail(str(error), EXIT_FAILED, launch)
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "interrupted: the same command with --resume goes on from here"
-        return _fail(message, EXIT_INTERRUPTED)
+        return _fail(message, EXIT_INTERRUPTED, launch)
+    except Exception:
+        if launch is None:
+            raise
+        launch.say_once(traceback.format_exc())
+        return EXIT_FAILED
+    finally:
+        if launch is not None and launch.rank == 0:
+            launch.dismiss()
 
 
-def _run(command: str, given: dict[str, Any]) -> int:
+def _command(argv: Sequence[str] | None, launch: Launch | None) -> int:
+    given = vars(_parser().parse_args(argv))
+    command = given.pop("command")
+    if launch is not None and command not in ("run", "pretrain"):
+        raise InputError(f"`slam-ags {command}` runs in one process: start it without torchrun")
+    return _study(given) if command == "study" else _run(command, given, launch)
+
+
+def _run(command: str, given: dict[str, Any], launch: Launch | None) -> int:
     """All stages, or one."""
     stages = STAGES if command == "run" else (command,)
     output, source, file = given.pop("output"), given.pop("source", None), given.pop("config")
@@ -83,6 +101,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
     elif goes_on and (output / "config.json").exists():
         stored = read_settings(output / "config.json")
     config = settle(stored, given)
+    if launch is not None:
+        launch.take_device(config.device)
     folder = _default_folder(config) if output is None else output
     console = Console(stderr=True, highlight=False)
 
@@ -97,6 +117,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
         overwrite=overwrite,
         resume=resume,
         cache=cache,
+        launch=launch,
         on_stage=on_stage,
     )
     _print_outcome(stages, config, folder)
@@ -128,8 +149,12 @@ def _study(given: dict[str, Any]) -> int:
     return EXIT_DONE
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"slam-ags: error: {message}", file=sys.stderr)
+def _fail(message: str, code: int, launch: Launch | None = None) -> int:
+    line = f"slam-ags: error: {message}"
+    if launch is None:
+        print(line, file=sys.stderr)
+    else:
+        launch.say_once(line)
     return code
 
 

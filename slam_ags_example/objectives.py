@@ -14,6 +14,7 @@ from slam_ags_example.losses import (
     nt_xent_loss,
     similarity_loss,
 )
+from slam_ags_example.ranks import gather
 
 __all__ = [
     "OBJECTIVES",
@@ -52,6 +53,8 @@ class TrainingFacts:
 class Batch:
     """Two views of the patches of one step: the first views of all, then the second of all.
 
+    Of several processes each has its own part of the patches.
+
     Attributes:
         positive: [2p, C, H, W], of patches of positive bags.
         negative: [2q, C, H, W], of patches of negative bags.
@@ -67,7 +70,8 @@ class Objective(nn.Module):
     """A method's losses on a batch, and all that it trains.
 
     ``parameters()`` are the method's own: a head that it has no use for is not among them. The
-    encoder is ``model.encoder``, trained in place.
+    encoder is ``model.encoder``, trained in place. Of several processes each encodes its part of a
+    batch, and losses are those of the whole batch (see :func:`~slam_ags_example.ranks.gather`).
 
     Attributes:
         surgery: how ``gradsurgery`` combines the gradients of the method's losses.
@@ -130,10 +134,9 @@ class WeakSupCon(Objective):
         else:
             positive = self.encode(self.model, batch.positive)
             negative = self.encode(self.model, batch.negative)
-        a, b = positive.chunk(2)
-        nt_xent = nt_xent_loss(a, b, self.temperature)
-        a, b = negative.chunk(2)
-        return {"nt_xent": nt_xent, "similarity": similarity_loss(a, b, self.temperature)}
+        nt_xent = nt_xent_loss(*_pairs(positive), self.temperature)
+        similarity = similarity_loss(*_pairs(negative), self.temperature)
+        return {"nt_xent": nt_xent, "similarity": similarity}
 
 
 class SlamAGS(WeakSupCon):
@@ -168,7 +171,7 @@ class SimCLR(Objective):
         """The loss ``nt_xent``."""
         both = zip(batch.positive.chunk(2), batch.negative.chunk(2), strict=True)
         views = torch.cat([view for pair in both for view in pair])
-        a, b = self.encode(self.model, views).chunk(2)
+        a, b = _pairs(self.encode(self.model, views))
         return {"nt_xent": nt_xent_loss(a, b, self.temperature)}
 
 
@@ -199,8 +202,8 @@ class WSSIL(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss ``cross_entropy``."""
         views = torch.cat([batch.positive, batch.negative])
-        logits = self.classifier(self.encode(self.encoder, views))
-        labels = torch.cat([self.positive_labels(batch), _false(batch.negative)])
+        logits = gather(self.classifier(self.encode(self.encoder, views)))
+        labels = gather(torch.cat([self.positive_labels(batch), _false(batch.negative)]))
         return {"cross_entropy": cross_entropy_loss(logits, labels, self.positive_share)}
 
     def positive_labels(self, batch: Batch) -> Tensor:
@@ -264,9 +267,8 @@ class OneClass(Objective):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss ``distance``."""
-        return {
-            "distance": hypersphere_loss(self.encode(self.encoder, batch.negative), self.centre)
-        }
+        embeddings = gather(self.encode(self.encoder, batch.negative))
+        return {"distance": hypersphere_loss(embeddings, self.centre)}
 
 
 @torch.no_grad()
@@ -299,6 +301,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "supervised": Supervised,
     "one-class": OneClass,
 }
+
+
+def _pairs(views: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second views of the patches of all processes, from this one's [2n, d]."""
+    first, second = gather(torch.stack(views.chunk(2), dim=1)).unbind(1)
+    return first, second
 
 
 def _false(views: Tensor) -> Tensor:

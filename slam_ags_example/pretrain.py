@@ -17,6 +17,9 @@ from slam_ags_example.embed import collapse_measures, embed
 from slam_ags_example.encoder import PretrainingModel
 from slam_ags_example.history import EpochRecord, Throughput, name_means, observe
 from slam_ags_example.objectives import OBJECTIVES, Batch, Objective, TrainingFacts
+from slam_ags_example.ranks import any_of, count, gather, group, own_rows
+from slam_ags_example.schedule import base_optimizer, steps_per_epoch, warm_up_then_cosine
+from slam_ags_example.sync_norm import synchronise_norms
 from slam_ags_example.training_state import TrainingState
 
 __all__ = ["TrainingSet", "pretrain"]
@@ -65,6 +68,9 @@ def pretrain(
     seed and the step's number, so going on from a checkpoint gives the same bits (on the CPU, with
     the same number of threads).
 
+    Inside a torch.distributed group all processes call this alike. Each encodes its part of every
+    batch, and the result is that of one process on whole batches, up to rounding.
+
     Args:
         model: on the device to train on.
         patches: of the training and validation bags.
@@ -72,7 +78,7 @@ def pretrain(
         config: the settings of pretraining, and the seed.
         checkpoints: where the state goes, and comes from in a resumed run.
         on_epoch: called after each epoch, and for each epoch that a checkpoint brought.
-        stop_asked: asked after each step; True ends the run after a checkpoint.
+        stop_asked: asked after each step; True on any process ends the run after a checkpoint.
 
     Returns:
         One record an epoch, and how fast it went.
@@ -87,14 +93,19 @@ def pretrain(
         raise ValueError(f"method must be one of {', '.join(OBJECTIVES)}, got {config.method!r}")
     device = next(model.parameters()).device
     objective = OBJECTIVES[config.method](model, _facts(patches, views, device), config)
-    optimizer = AdaptiveGradientSurgery(_base_optimizer(objective, config), objective.surgery)
-    n_steps = _steps_per_epoch(
+    synchronise_norms(objective)
+    optimizer = AdaptiveGradientSurgery(
+        base_optimizer(objective, config), objective.surgery, process_group=group()
+    )
+    n_steps = steps_per_epoch(
         len(patches.positive), len(patches.negative), config.batch_size, config.micro_batches
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _warm_up_then_cosine(config.epochs * n_steps, config.warm_up)
+        optimizer, warm_up_then_cosine(config.epochs * n_steps, config.warm_up)
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    # Of R processes each gets R times the gradient (see ranks.gather), so 1/R of the usual scale.
+    first_scale = 2.0**16 / count()
+    scaler = torch.amp.GradScaler(device.type, first_scale, enabled=config.precision == "float16")
     state = TrainingState(
         {
             "model": model,
@@ -114,14 +125,14 @@ def pretrain(
         objective.train()
         parts = _parts(patches, n_steps, config.micro_batches, config.seed, epoch)
         parts = parts[state.step * config.micro_batches :]
-        rows = [torch.cat([part.positive, part.negative]) for part in parts]
+        rows = [part.own_rows() for part in parts]
         loaded = batches(patches.images, rows, device=device, workers=config.workers)
         for part, images in zip(parts, state.throughput.watch(loaded), strict=True):
             losses = objective(_batch(part, images, patches, views, objective, config.seed))
 
             scaled = {name: scaler.scale(loss * part.share) for name, loss in losses.items()}
             optimizer.backward(scaled, accumulate=not part.ends_step)
-            state.throughput.patches += len(images)
+            state.throughput.patches += len(part.positive) + len(part.negative)
             if not part.ends_step:
                 continue
             scale = scaler.scale(torch.ones((), device=device))  # before update() changes it
@@ -131,7 +142,7 @@ def pretrain(
             optimizer.zero_grad()
 
             state.add(*observe(list(losses.values()), optimizer.last, scale))
-            if stop_asked():
+            if any_of(stop_asked()):
                 state.save(checkpoints)
                 raise KeyboardInterrupt
             if perf_counter() - saved_s > CHECKPOINT_EVERY_S:
@@ -164,12 +175,12 @@ def _record(
     """
     part = Part(patches.held_out_positive, patches.held_out_negative, "held out")
     device = next(model.parameters()).device
-    images = patches.images.read(torch.cat([part.positive, part.negative])).to(device)
+    images = patches.images.read(part.own_rows()).to(device)
     objective.eval()
     with torch.no_grad():
         batch = _batch(part, images, patches, views, objective, config.seed)
         validation_losses = objective(batch)
-    embeddings = embed(model.encoder, views.centre(images))
+    embeddings = gather(embed(model.encoder, views.centre(images)))
     names = list(validation_losses)
     validation_loss = float(torch.stack(list(validation_losses.values())).sum())
     losses = [*means[: len(names)], validation_loss]
@@ -191,7 +202,7 @@ def _record(
 
 @dataclass(frozen=True)
 class Part:
-    """The patches of one forward pass: a step's, or a micro-batch's.
+    """The patches of one forward pass, of all processes: a step's, or a micro-batch's.
 
     Attributes:
         positive: [p], rows of patches of positive bags.
@@ -206,6 +217,10 @@ class Part:
     key: str
     share: float = 1.0
     ends_step: bool = True
+
+    def own_rows(self) -> Tensor:
+        """The rows that this process encodes, those of positive bags first."""
+        return torch.cat([rows[own_rows(len(rows))] for rows in (self.positive, self.negative)])
 
 
 def _parts(patches: TrainingSet, n_steps: int, n_micro: int, seed: int, epoch: int) -> list[Part]:
@@ -237,11 +252,14 @@ def _batch(
     objective: Objective,
     seed: int,
 ) -> Batch:
-    """Two views of each patch, drawn for all methods alike."""
-    positive, negative = images.tensor_split([len(part.positive)])
+    """Two views of each of this process's patches, drawn for all methods alike."""
+    abnormal = patches.abnormal[part.positive[own_rows(len(part.positive))]]
+    positive, negative = images.tensor_split([len(abnormal)])
 
     def view(images: Tensor, name: str) -> Tensor:
-        return views.random(images, seed, f"{part.key}, {name}")
+        n = len(part.positive if images is positive else part.negative)
+        key = f"{part.key}, {name}"
+        return views.random(images, seed, key, first=own_rows(n).start, n=n)
 
     centred = objective.centre_negatives and views.centre_is_a_view
     negative_views = [
@@ -251,7 +269,7 @@ def _batch(
     return Batch(
         positive=torch.cat([view(positive, "positive 1"), view(positive, "positive 2")]),
         negative=torch.cat(negative_views),
-        abnormal=patches.abnormal[part.positive].to(images.device).repeat(2),
+        abnormal=abnormal.to(images.device).repeat(2),
     )
 
 
@@ -264,31 +282,3 @@ def _facts(patches: TrainingSet, views: Views, device: torch.device) -> Training
         abnormal_share=float(patches.abnormal[patches.positive].sum()) / (n_positive + n_negative),
         negatives=views.centre(patches.images.read(sampled).to(device)),
     )
-
-
-def _base_optimizer(objective: Objective, config: RunConfig) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            trained, lr=config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
-def _steps_per_epoch(n_positive: int, n_negative: int, batch_size: int, n_micro: int) -> int:
-    """Steps that see every patch once in batches of at most about ``batch_size`` of both tasks."""
-    wanted = math.ceil((n_positive + n_negative) / batch_size)
-    return max(1, min(wanted, n_positive // (2 * n_micro), n_negative // (2 * n_micro)))
-
-
-def _warm_up_then_cosine(n_steps: int, warm_up: float) -> Callable[[int], float]:
-    """Factor on the learning rate: linear up over the first part, half a cosine down to 0."""
-    n_warm = max(1, round(warm_up * n_steps))
-
-    def factor(step: int) -> float:
-        if step < n_warm:
-            return (step + 1) / n_warm
-        done = (step - n_warm) / max(1, n_steps - n_warm)
-        return 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor

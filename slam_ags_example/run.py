@@ -13,11 +13,12 @@ import torch
 
 import gradsurgery
 from slam_ags_example.config import InputError, RunConfig, read_settings, resolve_device
+from slam_ags_example.launch import Launch
 from slam_ags_example.options import OPTIONS, STAGES
 from slam_ags_example.output import read_json, remove_partial, write_json
 from slam_ags_example.stages import FILES, STAGE_FUNCTIONS, Job
 
-__all__ = ["run", "run_stages", "take_over"]
+__all__ = ["help_pretraining", "run", "run_stages", "take_over"]
 
 
 def run(
@@ -66,13 +67,17 @@ def run_stages(
     overwrite: bool = False,
     resume: bool = False,
     cache: Path | None = None,
+    launch: Launch | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> None:
-    """Run some stages, in order, on the files of those before them; see :func:`run`."""
+    """Run some stages, in order, on the files of those before them; see :func:`run`.
+
+    With ``launch``, this is rank 0, and the others are called for pretraining.
+    """
     device, is_new = resolve_device(config.device), not folder.exists()
     _prepare(stages, config, folder, overwrite, resume)
     write_json(folder / "config.json", _describe(config, device))
-    job = Job(config, folder, cache, resume)
+    job = Job(config, folder, cache, resume, launch)
     try:
         _run_each(stages, job, on_stage)
     except InputError:
@@ -89,12 +94,43 @@ def _run_each(stages: Sequence[str], job: Job, on_stage: Callable[[str], None]) 
             continue
         on_stage(stage)
         start = time.perf_counter()
-        measured = STAGE_FUNCTIONS[stage](job)
+        if stage == "pretrain" and job.launch is not None:
+            measured = _pretrain_together(job, job.launch)
+        else:
+            measured = STAGE_FUNCTIONS[stage](job)
         seconds = round(time.perf_counter() - start, 3)
         write_json(
             folder / "timing.json",
             read_json(folder / "timing.json") | {f"{stage}_s": seconds} | measured,
         )
+
+
+def _pretrain_together(job: Job, launch: Launch) -> dict[str, Any]:
+    if job.cache is not None:
+        _ = job.images  # now they are in the cache, and the others map them
+    launch.call(
+        {
+            "config": asdict(job.config),
+            "folder": str(job.folder.resolve()),
+            "cache": None if job.cache is None else str(job.cache.resolve()),
+            "resume": job.resume,
+        }
+    )
+    with launch.group(job.device):
+        return {**STAGE_FUNCTIONS["pretrain"](job), "pretrain_processes": launch.size}
+
+
+def help_pretraining(launch: Launch) -> None:
+    """On all ranks but 0: wait until rank 0 pretrains, if it does, and take part in it."""
+    called = launch.wait_for_call()
+    if called is None:
+        return
+    config = RunConfig(**called["config"])
+    cache = None if called["cache"] is None else Path(called["cache"])
+    launch.take_device(config.device)
+    job = Job(config, Path(called["folder"]), cache, called["resume"], launch)
+    with launch.group(job.device):
+        STAGE_FUNCTIONS["pretrain"](job)
 
 
 def take_over(

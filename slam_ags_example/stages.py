@@ -22,12 +22,14 @@ from slam_ags_example.data import ImageSet, batches, check_images, open_images, 
 from slam_ags_example.embed import CHUNK, collapse_measures, read_embeddings, write_embeddings
 from slam_ags_example.encoder import PretrainingModel
 from slam_ags_example.evaluate import BagPrediction, per_bag_rows, per_cell_rows, summarise
+from slam_ags_example.launch import Launch
 from slam_ags_example.manifest import Manifest, read_manifest
 from slam_ags_example.mil import BagSet, load_aggregator, predict, train_mil
 from slam_ags_example.options import settings_of
 from slam_ags_example.output import read_csv, write_csv, write_json, write_whole
 from slam_ags_example.pretrain import TrainingSet, pretrain
 from slam_ags_example.progress import bar
+from slam_ags_example.ranks import count, rank
 from slam_ags_example.report import write_report
 
 __all__ = ["FILES", "STAGE_FUNCTIONS", "Job"]
@@ -55,12 +57,14 @@ class Job:
         folder: where the files of the stages before are, and the stage's own go.
         cache: a folder that keeps decoded images for later runs; None keeps none.
         resume: whether to go on from a checkpoint.
+        launch: the processes that torchrun started; None in a process that is alone.
     """
 
     config: RunConfig
     folder: Path
     cache: Path | None = None
     resume: bool = False
+    launch: Launch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,6 +85,7 @@ class Job:
                 self.manifest.references(),
                 image_px=self.config.image_px,
                 cache=self.cache,
+                sharers=1 if self.launch is None else self.launch.local_size,
                 on_progress=on_progress,
             )
 
@@ -153,7 +158,8 @@ def pretrain_encoder(job: Job) -> dict[str, Any]:
     checkpoints = Checkpoints(job.folder, settings, job.resume)
     if config.method == "random":
         checkpoints.write({"parts": {"model": model.state_dict()}})
-        write_csv(job.folder / "pretraining.csv", [])
+        if rank() == 0:
+            write_csv(job.folder / "pretraining.csv", [])
         return {}
     patches = _training_set(job.manifest, images)
     with bar("pretraining") as on_progress, _deterministic(), _asked_to_stop() as stop_asked:
@@ -166,7 +172,8 @@ def pretrain_encoder(job: Job) -> dict[str, Any]:
             on_epoch=lambda record: on_progress(record.epoch, config.epochs),
             stop_asked=stop_asked,
         )
-    write_csv(job.folder / "pretraining.csv", [record.row() for record in records])
+    if rank() == 0:
+        write_csv(job.folder / "pretraining.csv", [record.row() for record in records])
     return throughput.summary()
 
 
@@ -341,7 +348,10 @@ def _deterministic() -> Any:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a question that the loop asks; the second one interrupts."""
+    """Turns the first Ctrl-C into a question that the loop asks; the second one interrupts.
+
+    With several processes no second one does: torchrun sends its own after that of the terminal.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -349,7 +359,8 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, before)
+        if count() == 1:
+            signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, ask)
     try:

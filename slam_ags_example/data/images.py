@@ -93,6 +93,7 @@ def open_images(
     image_px: int,
     memory_bytes: int | None = None,
     cache: Path | None = None,
+    sharers: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
     """Open images, decoding all of them now where they fit into memory.
@@ -105,6 +106,7 @@ def open_images(
             is available. Images that need more are read on demand, and not cached.
         cache: a folder that keeps decoded images for the next time, one file for each list of
             references and size; None keeps none. The file of an earlier time is mapped into memory.
+        sharers: processes on this machine that open images; what is available is for all of them.
         on_progress: called with how many images are decoded and how many there are.
 
     Raises:
@@ -116,7 +118,8 @@ def open_images(
     shape = (len(references), source.channels, image_px, image_px)
     n_bytes = len(references) * source.channels * image_px**2
     pixels, key = None, ""
-    if n_bytes <= (_available_bytes() / 2 if memory_bytes is None else memory_bytes):
+    allowed = _available_bytes() / (2 * sharers) if memory_bytes is None else memory_bytes
+    if n_bytes <= allowed:
         if cache is not None:
             key = disk.cache_key(source, references, image_px)
             pixels = disk.load(cache, key, shape)

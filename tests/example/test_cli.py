@@ -339,12 +339,6 @@ def test_the_default_folder_says_what_is_in_it(tmp_path, monkeypatch):
     assert (tmp_path / "runs/digits-wr0.1-slam-ags-seed3/bags.json").exists()
 
 
-def test_torchrun_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(TINY) == 2
-    assert "start it without torchrun" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in SUMMARIES)])
 def test_help_is_no_error(arguments, capsys):
     assert main(arguments) == 0

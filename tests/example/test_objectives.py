@@ -40,9 +40,9 @@ def images(n, seed):
     return torch.rand(n, 1, 8, 8, generator=random, dtype=torch.float64)
 
 
-def make(method, **changes):
+def make(method, encoder="small", **changes):
     """An objective in float64, its model, and a batch for it."""
-    model = PretrainingModel(1, 8, generator=generator(0, "encoder")).double()
+    model = PretrainingModel(1, 8, encoder=encoder, generator=generator(0, "encoder")).double()
     facts = TrainingFacts(positive_share=12 / 22, abnormal_share=2 / 22, negatives=images(10, 2))
     config = RunConfig(method=method, temperature=TEMPERATURE, **changes)
     objective = Exact[method](model, facts, config).double().train()

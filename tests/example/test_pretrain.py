@@ -21,13 +21,10 @@ from slam_ags_example.embed import effective_rank, feature_std, read_embeddings,
 from slam_ags_example.encoder import PretrainingModel
 from slam_ags_example.history import observe
 from slam_ags_example.objectives import OBJECTIVES, Batch, TrainingFacts
-from slam_ags_example.pretrain import (
-    TrainingSet,
-    _parts,
-    _steps_per_epoch,
-    _warm_up_then_cosine,
-    pretrain,
-)
+from slam_ags_example.pretrain import TrainingSet, _parts, pretrain
+from slam_ags_example.schedule import steps_per_epoch, warm_up_then_cosine
+
+DIGIT_VIEWS = DigitViews()
 
 
 @settings(deadline=None, max_examples=60)
@@ -49,7 +46,7 @@ def test_an_epoch_sees_every_patch_once(n_positive, n_negative, batch_size, n_mi
         held_out_negative=None,
         abnormal=None,
     )
-    n_steps = _steps_per_epoch(n_positive, n_negative, batch_size, n_micro)
+    n_steps = steps_per_epoch(n_positive, n_negative, batch_size, n_micro)
     parts = _parts(patches, n_steps, n_micro, seed, epoch=3)
     assert len(parts) == n_steps * n_micro
     assert [part.ends_step for part in parts] == ([False] * (n_micro - 1) + [True]) * n_steps
@@ -65,11 +62,11 @@ def test_an_epoch_sees_every_patch_once(n_positive, n_negative, batch_size, n_mi
 
 
 def test_batches_are_as_large_as_asked_for():
-    assert _steps_per_epoch(420, 420, 256, 1) == 4  # 840 patches in batches of 210
+    assert steps_per_epoch(420, 420, 256, 1) == 4  # 840 patches in batches of 210
 
 
 def test_schedule_warms_up_to_one_and_ends_near_zero():
-    factor = _warm_up_then_cosine(150, 1 / 15)
+    factor = warm_up_then_cosine(150, 1 / 15)
     values = [factor(step) for step in range(150)]
     assert values[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert values[10] == pytest.approx(1)
@@ -102,11 +99,13 @@ def test_weights_come_from_the_generator_alone():
     )
 
 
-def pretrain_small(config, folder=None, resume=False, **more):
+def pretrain_small(
+    config, folder=None, resume=False, *, views=DIGIT_VIEWS, dtype=torch.float32, **more
+):
     """Pretrain on 40 patches of "positive bags", the first 4 abnormal, and 30 of negative ones."""
     source = open_source("digits")
     images = open_images(source, source.references[:100], image_px=8)
-    model = PretrainingModel(1, 8, generator=generator(0, "encoder"))
+    model = PretrainingModel(1, 8, generator=generator(0, "encoder")).to(dtype)
     patches = TrainingSet(
         images=images,
         positive=torch.arange(40),
@@ -117,7 +116,7 @@ def pretrain_small(config, folder=None, resume=False, **more):
     )
     with tempfile.TemporaryDirectory() as elsewhere:
         checkpoints = Checkpoints(folder or Path(elsewhere), {"seed": config.seed}, resume)
-        records, _ = pretrain(model, patches, DigitViews(), config, checkpoints, **more)
+        records, _ = pretrain(model, patches, views, config, checkpoints, **more)
     return model, records
 
 
