@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +14,14 @@ from torch._functorch import config as functorch_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCKS = [
+LAUNCHED = "# torchrun --nproc-per-node 2"
+EVERY_BLOCK = [
     pytest.param(block, id=f"{page.relative_to(ROOT).with_suffix('')}-{number}")
     for page in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
 ]
+BLOCKS = [each for each in EVERY_BLOCK if not each.values[0].startswith(LAUNCHED)]
+IN_PROCESSES = [each for each in EVERY_BLOCK if each.values[0].startswith(LAUNCHED)]
 
 
 @pytest.fixture
@@ -34,6 +40,22 @@ def compiler() -> Iterator[None]:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str) -> None:
     exec(compile(block, "documentation", "exec"), {"__name__": "documentation"})
+
+
+@pytest.mark.parametrize("block", IN_PROCESSES)
+def test_code_block_runs_in_two_processes(block: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(block)
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2"
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), str(script)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
 
 
 def test_readme_shows_code_and_two_commands() -> None:

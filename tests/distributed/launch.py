@@ -72,7 +72,10 @@ class Processes:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(rank, self.size, store, self.seconds, theirs), daemon=True
+                target=_work,
+                args=(rank, self.size, store, self.seconds, theirs),
+                daemon=True,
+                name=f"rank {rank}",
             )
             process.start()
             theirs.close()

@@ -533,6 +533,8 @@ _options = settings(
 
 
 @settings(_options, max_examples=1500, derandomize=True)
+# Some cases reach nothing of the optimizer's, which gets a warning.
+@pytest.mark.filterwarnings("ignore:the losses reach none")
 @given(cases)
 def test_p_grad_is_what_the_definition_says(case: Case) -> None:
     """Values, None-ness, dtype, shape and strides of p.grad, over whole random runs."""
@@ -541,6 +543,7 @@ def test_p_grad_is_what_the_definition_says(case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore:the losses reach none")
 def test_p_grad_is_what_the_definition_says_under_a_random_seed() -> None:
     """The same for 10,000 more cases; the seed is printed, and in the message of a failure.
 

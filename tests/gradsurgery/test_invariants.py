@@ -356,6 +356,7 @@ def current_rss_mib() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_leave_memory_flat() -> None:
     """Neither memory nor the number of Python objects grows."""
     model = Shared(tasks=3)

@@ -92,6 +92,7 @@ def test_small_kernels_compile(count: int, capability: int) -> None:
         assert compiled(kernel, types, constants | sizes, capability)
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     """`test_triton.py`, in a process where Triton runs on the CPU from the start."""
     pytest.importorskip("numpy")
