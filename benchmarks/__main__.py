@@ -126,7 +126,14 @@ COMMANDS = {
     "processes": Command(
         processes.run,
         "bytes and time of a step in many processes",
-        {"ranks": [2, 4], "tasks": [2, 4, 8], "side": 1024, "batch": 256, "rounds": 11},
+        {
+            "ranks": [2, 4],
+            "tasks": [2, 4, 8],
+            "side": 1024,
+            "batch": 256,
+            "wire_ms": 0.0,
+            "rounds": 11,
+        },
         {"ranks": [2], "tasks": [2], "side": 128, "batch": 8, "rounds": 3},
     ),
 }
@@ -172,6 +179,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "batch": _number,
     "batches": _numbers,
     "pixels": _number,
+    "wire_ms": float,
     "rounds": _number,
     "steps": _number,
 }

@@ -7,7 +7,8 @@ import functools
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def run(
     tasks: Sequence[int],
     side: int,
     batch: int,
+    wire_ms: float,
     rounds: int,
     device: torch.device,
 ) -> None:
@@ -45,13 +47,16 @@ def run(
         tasks: T, each with a graph of its own.
         side: the model has four layers of side * side weights, all of them shared.
         batch: samples per rank and task.
+        wire_ms: least time that a row is on its way: a slow network, simulated by sleeping.
         rounds: steps of each kind, in turn.
         device: cpu: gloo; cuda: nccl, one device per rank.
     """
     for size, count in itertools.product(ranks, tasks):
         fields: dict[str, Any] = {"ranks": size, "T": count, "D": _LAYERS * side * side}
         with rows.failures(benchmark="processes", **fields, case="start"):
-            cases, timeline = _on_all_ranks(size, (count, side, batch, rounds, device.type))
+            cases, timeline = _on_all_ranks(
+                size, (count, side, batch, wire_ms, rounds, device.type)
+            )
             measured = Measured({name: times for name, (times, _) in cases.items()}, {}, {})
             for name, (_, moved) in cases.items():
                 expected = _FORMULAS[name](count, fields["D"], size)
@@ -59,6 +64,7 @@ def run(
                     benchmark="processes",
                     **fields,
                     batch=batch,
+                    wire_ms=wire_ms or None,
                     case=name,
                     formula_mb=round(expected / 1e6, 3),
                     moved_mb=None if moved is None else round(moved / 1e6, 3),
@@ -102,8 +108,11 @@ _FORMULAS: dict[str, Callable[[int, int, int], float]] = {
 class _Training:
     """One rank's model and the kinds of step."""
 
-    def __init__(self, tasks: int, side: int, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, tasks: int, side: int, batch: int, wire_ms: float, device: torch.device
+    ) -> None:
         torch.manual_seed(0)
+        self.wire_ms = wire_ms
         layers = [nn.Linear(side, side, bias=False) for _ in range(_LAYERS)]
         self.model = nn.Sequential(*itertools.chain(*((layer, nn.Tanh()) for layer in layers)))
         self.model.to(device)
@@ -126,22 +135,36 @@ class _Training:
         rows = [self._mean(torch.autograd.grad(loss, self.parameters)) for loss in self.losses()]
         self._step(gradsurgery.aggregate(torch.stack(rows)))
 
-    def surgery(self) -> None:
-        self.plugin.zero_grad()
-        self.plugin.backward(self.losses())
+    def surgery(self, *, waits: bool = False) -> None:
+        with self._wire(waits=waits):
+            self.plugin.zero_grad()
+            self.plugin.backward(self.losses())
         self.plugin.step()
 
     def surgery_waiting(self) -> None:
         """The same, but a row's exchange ends before the next backward begins."""
+        self.surgery(waits=True)
+
+    @contextmanager
+    def _wire(self, *, waits: bool) -> Iterator[None]:
         begin = Ranks.average
 
-        def begin_and_end(self: Ranks, row: Tensor, own: Tensor) -> Callable[[], None]:
-            begin(self, row, own)()
+        def slowed(ranks: Ranks, row: Tensor, own: Tensor) -> Callable[[], None]:
+            earliest = time.perf_counter() + self.wire_ms / 1e3
+            finish = begin(ranks, row, own)
+
+            def end() -> None:
+                time.sleep(max(0.0, earliest - time.perf_counter()))
+                finish()
+
+            if not waits:
+                return end
+            end()
             return lambda: None
 
-        Ranks.average = begin_and_end  # type: ignore[method-assign]
+        Ranks.average = slowed  # type: ignore[method-assign, assignment]
         try:
-            self.surgery()
+            yield
         finally:
             Ranks.average = begin  # type: ignore[method-assign]
 
@@ -203,7 +226,7 @@ def _on_all_ranks(size: int, settings: tuple[Any, ...]) -> Found:
 
 
 def _rank(rank: int, size: int, folder: str, settings: tuple[Any, ...]) -> None:
-    tasks, side, batch, rounds, kind = settings
+    tasks, side, batch, wire_ms, rounds, kind = settings
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -215,7 +238,7 @@ def _rank(rank: int, size: int, folder: str, settings: tuple[Any, ...]) -> None:
         world_size=size,
         timeout=datetime.timedelta(seconds=120),
     )
-    training = _Training(tasks, side, batch, device)
+    training = _Training(tasks, side, batch, wire_ms, device)
     cases = {
         "one loss": training.one_loss,
         "every row": training.every_row,
