@@ -22,7 +22,7 @@ from gradsurgery._parameters import (
 from gradsurgery._rows_by_grad import fill_views
 from gradsurgery._spread_rows import SpreadRows
 from gradsurgery._undo import Undo
-from gradsurgery.distributed import Ranks, fingerprint
+from gradsurgery.distributed import Ranks, fingerprint, look_for_wrappers
 from gradsurgery.methods import Method
 from gradsurgery.report import SurgeryReport
 from gradsurgery.surgery import Surgery, explain_donated_buffers
@@ -99,19 +99,21 @@ class DataParallelSurgery(Surgery):
 
     def _agree(self, parameters: list[Tensor], losses: Losses, accumulate: bool) -> _Plan:
         """What all ranks are going to do; raises on all of them where they do not fit together."""
+        ids = tuple(map(id, parameters))
+        is_new = ids != self._known[0]
         failure: Exception | None = None
         seen = GraphSurvey(retain=[])
         names: tuple[str, ...] = ()
         tensors: list[Tensor | None] = []
         try:
+            if is_new:
+                look_for_wrappers(parameters, grouped=True)
             names, tensors = self.read(losses, parameters, absent=True)
             seen = survey(tensors)
             check_parameters(self.optimizer, parameters, seen)
             check_replicated(self.optimizer, parameters, seen, self.others())
         except Exception as error:
             failure = error
-        ids = tuple(map(id, parameters))
-        is_new = ids != self._known[0]
         if is_new:
             described = "; ".join(self._describe(parameters))
             self._known = ids, fingerprint(described.encode())
@@ -125,7 +127,8 @@ class DataParallelSurgery(Surgery):
         said = self._ranks.exchange((error_text, settings, reach, hidden, is_new))
         if failure is not None:
             raise failure
-        if len({each[1]["parameters"] for each in said}) > 1:
+        failed = any(each[0] for each in said)
+        if not failed and len({each[1]["parameters"] for each in said}) > 1:
             self._refuse_parameters(parameters)
         self._ranks.compare([each[:2] for each in said])
         if any(each[4] for each in said):

@@ -169,9 +169,14 @@ class Ranks:
 
 
 def _host_group(group: Any) -> Any:
-    """A gloo group of the same processes."""
+    """A gloo group of the same processes, with the same timeout."""
+    backends = [group._get_backend(device) for device in group._device_types]
+    timeouts = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
     made: Any = dist.new_group(
-        dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+        dist.get_process_group_ranks(group),
+        timeout=min(timeouts, default=None),
+        backend="gloo",
+        use_local_synchronization=True,
     )
     return made
 
@@ -207,7 +212,7 @@ def agree_over_mesh(
         if group not in known:
             known[group] = Ranks(group)
         ranks = known[group]
-        error = None if failure is None else str(failure)
+        error = None if failure is None else f"{type(failure).__name__}: {failure}"
         try:
             ranks.compare(ranks.exchange((error, settings)))
         except (RuntimeError, ValueError) as found:

@@ -64,28 +64,30 @@ def test_a_group_without_this_process_is_refused(two: Processes) -> None:
     assert "process_group" in other
 
 
-def with_backend(name: str) -> tuple[Tensor, bool]:
+def with_backend(name: str) -> tuple[Tensor, bool, float]:
     """A training over gloo that is told another backend, and whether hosts have their own group."""
     described = dist.get_backend_config
     dist.get_backend_config = lambda group=None: name
     try:
-        own_group = Ranks(dist.group.WORLD)._hosts is not dist.group.WORLD
-        return train(Setting()), own_group
+        hosts = Ranks(dist.group.WORLD)._hosts
+        seconds = hosts._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        return train(Setting()), hosts is not dist.group.WORLD, seconds
     finally:
         dist.get_backend_config = described
 
 
 def test_hosts_agree_in_a_group_of_their_own(two: Processes) -> None:
     """As with NCCL alone, which has nothing for the CPU."""
-    for vector, own_group in two(with_backend, "cuda:nccl"):
+    for vector, own_group, seconds in two(with_backend, "cuda:nccl"):
         assert own_group
+        assert seconds == two.seconds
         assert torch.equal(vector, two(train, Setting())[0])
 
 
 def test_backends_that_average_while_they_reduce(two: Processes) -> None:
     """NCCL's way to send a row, on gloo, which has the same collective."""
     expected = two(train, Setting())[0]
-    (first, _), (second, own_group) = two(with_backend, "cpu:nccl")
+    (first, _, _), (second, own_group, _) = two(with_backend, "cpu:nccl")
     assert not own_group
     assert torch.equal(first, second)
     # The same sums in another order.
