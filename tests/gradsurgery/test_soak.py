@@ -31,7 +31,7 @@ LIVES = 10
 # A plugin that kept one object for each step would be 1,500 over the first count of its life, one
 # that kept a tensor of the smallest size for each step 18 MiB over the first memory. What may
 # come in between: groups that are added (a few hundred objects), and noise of the allocator.
-MOST_OBJECTS, MOST_TENSORS, MOST_MIB = 300, 100, 6.0
+MOST_OBJECTS, MOST_TENSORS, MOST_MIB = 300, 100, 10.0
 # Relative to Σ_t ‖g_t‖: the roundings of weights, products and sums, times the condition.
 ROUNDING = {torch.float32: 4e-6, torch.float64: 1e-12}
 # Beyond this the gradients have cancelled, and their rest is rounding.
