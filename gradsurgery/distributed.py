@@ -172,11 +172,14 @@ def _host_group(group: Any) -> Any:
     """A gloo group of the same processes, with the same timeout."""
     backends = [group._get_backend(device) for device in group._device_types]
     timeouts = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
+    ranks = dist.get_process_group_ranks(group)
     made: Any = dist.new_group(
-        dist.get_process_group_ranks(group),
+        ranks,
         timeout=min(timeouts, default=None),
         backend="gloo",
-        use_local_synchronization=True,
+        # Processes outside of the group do not come here. Where there are none, the usual way: the
+        # local one hung with torch 2.11 after other groups had been made.
+        use_local_synchronization=len(ranks) < dist.get_world_size(),
     )
     return made
 
