@@ -54,7 +54,7 @@ def test_code_block_runs_in_two_processes(block: str, tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr
 
 

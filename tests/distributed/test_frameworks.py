@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import framework_jobs
 import pytest
 import torch
-from framework_jobs import STEPS, bare
+from framework_data import HALF, STEPS, bare, like_torchrun
+from framework_jobs import JOBS
 from launch import Processes
 from torch import Tensor
 
@@ -19,37 +22,57 @@ pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED]
 
 
 @pytest.fixture(scope="module")
-def tolerant() -> Iterator[Processes]:
-    """Frameworks warn about themselves; what this library says is looked at elsewhere."""
+def workers() -> Iterator[Processes]:
+    """Frameworks warn about themselves; what this library says is an error under torchrun."""
     processes = Processes(2, warnings_are_errors=False)
     yield processes
     processes.close()
 
 
-def check(results: list[Tensor], record: Callable[[float], None]) -> None:
+@pytest.fixture
+def tolerant(workers: Processes) -> Processes:
+    """Whatever test came before, if any."""
+    workers(like_torchrun)
+    return workers
+
+
+def check(
+    results: list[Tensor], record: Callable[[float], None], *, by_items: bool = False
+) -> None:
     for result in results[1:]:
         assert torch.equal(result, results[0])
-    expected = bare()
+    expected = bare(by_items)
     distance = float((results[0] - expected).norm() / expected.norm())
     record(distance)
-    # Sums over samples in another order, six steps of AdamW in float32.
+    # Sums over samples in another order, six steps in float32.
     assert distance < 1e-6
-
-
-JOBS: dict[str, Any] = {
-    "lightning": framework_jobs.lightning_trainer,
-    "fabric": framework_jobs.fabric,
-    "accelerate": framework_jobs.accelerate,
-    "transformers": framework_jobs.transformers,
-}
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes(
     tolerant: Processes, name: str, tmp_path: Path, record_distance: Callable[[float], None]
 ) -> None:
-    """Micro-batches and clipping; Fabric and Accelerate with a checkpoint in the middle."""
+    """Micro-batches, clipping, a schedule; Fabric and Accelerate load a checkpoint half-way."""
     check(tolerant(JOBS[name], tmp_path / "state"), record_distance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_under_torchrun(
+    name: str, tmp_path: Path, record_distance: Callable[[float], None]
+) -> None:
+    """The same where the framework itself makes the group, before the plugin asks for it."""
+    path = tmp_path / "state"
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2"
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), framework_jobs.__file__, name, str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    check([torch.load(f"{path}.rank{rank}") for rank in range(2)], record_distance)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -58,11 +81,12 @@ def test_lightning_resumes(
 ) -> None:
     """A checkpoint of two processes, in two and in one."""
     path = tmp_path / "state.ckpt"
-    tolerant(framework_jobs.lightning_trainer, path, STEPS // 2)
+    tolerant(framework_jobs.lightning_trainer, path, HALF)
     arguments = (path, STEPS, True)
     if count == 1:
         results = [framework_jobs.lightning_trainer(*arguments)]
     else:
+        tolerant(like_torchrun)
         results = tolerant(framework_jobs.lightning_trainer, *arguments)
     check(results, record_distance)
 
@@ -72,3 +96,11 @@ def test_transformers_resumes(
 ) -> None:
     tolerant(framework_jobs.transformers, tmp_path)
     check(tolerant(framework_jobs.transformers, tmp_path, True), record_distance)
+
+
+def test_transformers_counts_labels(
+    tolerant: Processes, tmp_path: Path, record_distance: Callable[[float], None]
+) -> None:
+    """Sums over num_items_in_batch, where one rank has more labels than the other."""
+    results = tolerant(framework_jobs.transformers, tmp_path, False, True)
+    check(results, record_distance, by_items=True)
