@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,25 @@ def second_half(setting: Setting, folder: str, whole: bool) -> Tensor:
     return full(network.parameters())
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["sharded", "whole"])
-@pytest.mark.parametrize("how", ["ddp", "fully_shard blocks"])
-@pytest.mark.parametrize("sizes", [(2, 2), (2, 4), (4, 2)], ids=str)
+QUICK = [
+    ((2, 2), "ddp", False),
+    ((2, 4), "fully_shard blocks", False),
+    ((4, 2), "fully_shard blocks", True),
+]
+EVERY = itertools.product([(2, 2), (2, 4), (4, 2)], ["ddp", "fully_shard blocks"], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "how", "whole"),
+    [
+        pytest.param(
+            *each,
+            id=f"{each[0][0]} to {each[0][1]}, {each[1]}, {'whole' if each[2] else 'sharded'}",
+            marks=[] if each in QUICK else pytest.mark.slow,
+        )
+        for each in EVERY
+    ],
+)
 def test_resumed(
     two: Processes,
     four: Processes,

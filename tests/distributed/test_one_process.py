@@ -15,7 +15,8 @@ METHODS = ("ags", "pcgrad", "gradvac", "sum")
 SHARDED = ("fully_shard root", "fully_shard blocks")
 
 DATA_PARALLEL = [
-    *(Setting(how, micro_batches=count) for how in ("bare", *DDP) for count in (1, 3)),
+    *(Setting(how) for how in DDP),
+    Setting("bare", micro_batches=3),
     *(Setting("bare", method, scope=scope) for method in METHODS for scope in ("shared", "all")),
     *(Setting("ddp", tasks=tasks, micro_batches=count) for tasks in (1, 2) for count in (1, 2)),
     Setting("ddp", dtype=torch.float64),
@@ -26,8 +27,8 @@ DATA_PARALLEL = [
     Setting("bare", compiled=True),
 ]
 FULLY_SHARD = [
-    *(Setting(how, micro_batches=count) for how in SHARDED for count in (1, 3)),
-    *(Setting("fully_shard blocks", method, scope="all") for method in METHODS),
+    *(Setting(how) for how in SHARDED),
+    Setting("fully_shard blocks", scope="all", micro_batches=3),
     *(Setting("fully_shard root", tasks=tasks) for tasks in (1, 2)),
     Setting("fully_shard root", dtype=torch.float64),
     Setting("fully_shard blocks mixed"),
@@ -36,9 +37,19 @@ FULLY_SHARD = [
 ]
 ON_FOUR = [
     Setting("bare"),
-    *(Setting(how, micro_batches=2) for how in DDP),
-    *(Setting(how) for how in SHARDED),
+    Setting("ddp find_unused", micro_batches=2),
+    Setting("fully_shard blocks"),
     Setting("fully_shard hybrid"),
+]
+# Of the long part.
+MORE_ON_TWO = [
+    *(Setting(how, method) for how in ("ddp", "fully_shard root") for method in METHODS[1:]),
+    *(Setting("fully_shard blocks", method, scope="all") for method in METHODS[1:]),
+    *(Setting(how, micro_batches=3) for how in (*DDP, *SHARDED)),
+]
+MORE_ON_FOUR = [
+    *(Setting(how, micro_batches=2) for how in DDP if "unused" not in how),
+    Setting("fully_shard root"),
     Setting("fully_shard blocks hybrid", "gradvac", micro_batches=2),
 ]
 
@@ -79,6 +90,22 @@ def test_fully_shard(
 
 @pytest.mark.parametrize("setting", ON_FOUR, ids=str)
 def test_four_processes(
+    four: Processes, setting: Setting, record_distance: Callable[[float], None]
+) -> None:
+    check(four, setting, record_distance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", MORE_ON_TWO, ids=str)
+def test_more_on_two(
+    two: Processes, setting: Setting, record_distance: Callable[[float], None]
+) -> None:
+    check(two, setting, record_distance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", MORE_ON_FOUR, ids=str)
+def test_more_on_four(
     four: Processes, setting: Setting, record_distance: Callable[[float], None]
 ) -> None:
     check(four, setting, record_distance)
