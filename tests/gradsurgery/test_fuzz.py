@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,16 @@ from gradsurgery.methods import GradVac
 ROUNDING = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-2}
 # A condition number of the AGS rescale above this makes its factor meaningless: see `_check`.
 ILL_CONDITIONED = 1e4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These modules are too small for two, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 KINDS = (
     *("linear", "tied", "conv", "conv_last", "batch_norm", "embedding", "scalar", "empty"),
