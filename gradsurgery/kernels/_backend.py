@@ -7,14 +7,14 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gradsurgery.kernels import native
 
-__all__ = ["BACKENDS", "choose", "on_triton", "solve_step", "with_fallback"]
+__all__ = ["BACKENDS", "choose", "on_triton", "with_fallback"]
 
 BACKENDS = ("auto", "torch", "triton", "native", "reference")
 _MOST_ROWS = 64
@@ -80,16 +80,6 @@ def with_fallback(fast: Callable[[], _Result], plain: Callable[[], _Result]) -> 
             raise
         _refuse(f"{type(error).__name__}: {error}")
         return plain()
-
-
-def solve_step(name: str, plain: Callable[..., _Result], gram: Tensor, *rest: Any) -> _Result:
-    """A step of the T×T work, by `triton_tasks.NAME` where Triton runs, else by `plain`."""
-    if not on_triton(gram.device, gram.shape[-1]):
-        return plain(gram, *rest)
-    from gradsurgery.kernels import triton_tasks
-
-    fast: Callable[..., _Result] = getattr(triton_tasks, name)
-    return with_fallback(lambda: fast(gram, *rest), lambda: plain(gram, *rest))
 
 
 @functools.cache

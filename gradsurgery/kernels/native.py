@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["available", "combine_into", "gram", "takes"]
+__all__ = ["available", "combine_into", "function", "gram", "takes"]
 
 _MOST_ROWS = 64
 # The instruction set that the library may use: 0 what this processor has, 1 any, 2 up to AVX2.
@@ -42,6 +42,18 @@ def _library() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether the library was built and can be loaded."""
     return _library() is not None
+
+
+@functools.cache
+def function(name: str) -> Any:
+    """A step of the T×T work in the library, as `tasks` calls it; None where it is not there."""
+    library = _library()
+    found = None if library is None else getattr(library, name, None)
+    if found is not None:
+        pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+        found.argtypes = [pointer] * 3 + [long] + [pointer] * 2 + [long] * 2 + [integer]
+        found.restype = integer
+    return found
 
 
 def takes(rows: Tensor) -> bool:

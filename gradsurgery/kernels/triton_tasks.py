@@ -6,6 +6,7 @@ gradient), so each is a program of its own; T <= 64. Importing this module needs
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gradsurgery.kernels.triton_rows import launch
 
-__all__ = ["draw_orders", "guard", "project", "rescale", "vaccinate"]
+__all__ = ["ags", "draw_orders", "guard", "project", "rescale", "vaccinate"]
 
 # How often each device's captured graphs have been replayed: the seed is frozen into a graph.
 _replays: dict[torch.device, Tensor] = {}
@@ -186,9 +187,15 @@ def vaccinate(
     return _sum_rows(altered), moved
 
 
-def rescale(gram: Tensor, weights: Tensor, limit: float | None, noise: float) -> Tensor:
+def ags(gram: Tensor, orders: Tensor, limit: float, noise: float) -> Tensor:
+    """`project` and `rescale`: three launches."""
+    return rescale(gram, project(gram, orders), limit, noise)
+
+
+def rescale(gram: Tensor, weights: Tensor, limit: float, noise: float) -> Tensor:
     """w · sqrt(1ᵀM1 / wᵀMw), with a factor of at most `limit`. One launch."""
-    return _one_by_one(rescale_one, gram, weights, LIMIT=limit, NOISE=noise)
+    most = None if math.isinf(limit) else limit
+    return _one_by_one(rescale_one, gram, weights, LIMIT=most, NOISE=noise)
 
 
 def guard(gram: Tensor, weights: Tensor) -> Tensor:

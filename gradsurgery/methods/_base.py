@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import solve_step
-
 __all__ = ["Method", "check_number"]
-
-
-@torch.library.custom_op("gradsurgery::guard", mutates_args=())
-def _guard(gram: Tensor, weights: Tensor) -> Tensor:
-    """w, and NaN where any entry of M is not finite: [..., T, T], [..., T] -> [..., T]."""
-    return solve_step("guard", _guard_plainly, gram, weights)
-
-
-@_guard.register_fake
-def _(gram: Tensor, weights: Tensor) -> Tensor:
-    return torch.empty_like(weights)
-
-
-def _guard_plainly(gram: Tensor, weights: Tensor) -> Tensor:
-    finite = gram.isfinite().all(-1).all(-1)[..., None]
-    return torch.where(finite, weights, torch.nan)
 
 
 class Method(ABC):
@@ -34,14 +17,23 @@ class Method(ABC):
 
     A subclass defines `name` and `_solve`, and, where it keeps state from step to step,
     `state_dict`, `load_state_dict` and `check`.
+
+    A Gram matrix that is not finite gives weights that are not finite: the error must reach whoever
+    checks the gradients, GradScaler for one. `kernels.tasks.run` sees to it.
     """
 
     name: ClassVar[str]
     """The name that `method=` takes."""
 
     reads_gram: ClassVar[bool] = True
-    """Whether w depends on M at all. If so, a Gram matrix that is not finite gives weights that
-    are not finite: the error must reach whoever checks the gradients, GradScaler for one."""
+    """Whether w depends on M at all."""
+
+    reads_losses: ClassVar[bool] = False
+    """Whether w depends on the losses' values."""
+
+    one_backward: ClassVar[bool] = False
+    """Whether w is known before any gradient is, so that one backward pass of Σ_t w_t L_t does:
+    the plugin then measures no Gram matrix. `Sum` and `Mean` could, and measure on purpose."""
 
     @torch.no_grad()
     def weights(
@@ -66,18 +58,31 @@ class Method(ABC):
 
         Raises:
             TypeError: `gram` is not a real floating-point tensor.
-            ValueError: `gram` is not [..., T, T] with T >= 1, or does not fit the method's state.
+            ValueError: `gram` is not [..., T, T] with T >= 1, or does not fit the method's state;
+                `losses` is missing or does not fit where the method reads it.
         """
         _check_gram(gram)
         self.check(gram.shape[:-1])
-        with torch.autocast(gram.device.type, enabled=False):
+        # Inside the caller's autocast region products would run in half precision. The context is
+        # most of the time of a small T, so it is entered only where there is one to leave.
+        mixed = torch.is_autocast_enabled(gram.device.type)
+        with torch.autocast(gram.device.type, enabled=False) if mixed else nullcontext():
             exact = gram.to(torch.float64)
             known = torch.finfo(gram.dtype).eps if resolution is None else resolution
-            solved = self._solve(exact, losses, generator, known)
-            if not self.reads_gram:
-                return solved
-            guarded: Tensor = _guard(exact, solved)
-            return guarded
+            return self._solve(exact, self._values(losses, exact), generator, known)
+
+    def _values(self, losses: Tensor | None, gram: Tensor) -> Tensor | None:
+        """The losses' values as [..., T] float64, for methods that read them."""
+        if not self.reads_losses:
+            return None
+        if losses is None:
+            raise ValueError(f"{type(self).__name__} needs losses, a tensor [..., T]; got None")
+        if losses.shape[-1:] != gram.shape[-1:]:
+            raise ValueError(
+                f"losses must be [..., T] with T = {gram.shape[-1]} as in gram; got "
+                f"{list(losses.shape)}"
+            )
+        return losses.detach().to(torch.float64).expand(gram.shape[:-1])
 
     @abstractmethod
     def _solve(
@@ -87,7 +92,10 @@ class Method(ABC):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        """[..., T, T] float64 -> [..., T] float64, without waiting for the device."""
+        """[..., T, T] float64 -> [..., T] float64, without waiting for the device.
+
+        `losses` is [..., T] float64 where `reads_losses`, else None.
+        """
 
     def check(self, shape: torch.Size) -> None:  # noqa: B027 - most methods keep no state
         """Raise ValueError where a Gram matrix for tasks of shape [..., T] does not fit."""

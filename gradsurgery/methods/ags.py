@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import solve_step
+from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders
 from gradsurgery.methods.pcgrad import project_conflicts
@@ -60,33 +61,30 @@ class AGS(Method):
         resolution: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=True, generator=generator)
-        projected: Tensor = project_conflicts(gram, orders)
-        # Each of the terms w_i M_ij w_j is good to `resolution`.
-        rescaled: Tensor = rescale(gram, projected, self.max_scale, 4 * resolution)
-        return rescaled
+        limit = math.inf if self.max_scale is None else self.max_scale
+        return tasks.run("ags", gram, orders, numbers=(limit, noise_of(resolution)))
 
 
-@torch.library.custom_op("gradsurgery::rescale", mutates_args=())
-def rescale(gram: Tensor, weights: Tensor, max_scale: float | None, noise: float) -> Tensor:
-    """w · sqrt(1ᵀM1 / wᵀMw), [..., T, T], [..., T] -> [..., T].
+def noise_of(resolution: float) -> float:
+    """How small wᵀMw may be beside its terms w_i M_ij w_j, each good to `resolution`."""
+    return 4 * resolution
+
+
+@tasks.step("ags")
+def _project_and_rescale(gram: Tensor, orders: Tensor, limit: float, noise: float) -> Tensor:
+    return rescale(gram, project_conflicts(gram, orders), limit, noise)
+
+
+@tasks.step("rescale")
+def rescale(gram: Tensor, weights: Tensor, limit: float, noise: float) -> Tensor:
+    """w · min(sqrt(1ᵀM1 / wᵀMw), limit): [..., T, T], [..., T] -> [..., T].
 
     Where wᵀMw is within `noise` of its terms nothing is left to be scaled, and w stays.
     """
-    return solve_step("rescale", _rescale, gram, weights, max_scale, noise)
-
-
-@rescale.register_fake
-def _(gram: Tensor, weights: Tensor, max_scale: float | None, noise: float) -> Tensor:
-    return torch.empty_like(weights)
-
-
-def _rescale(gram: Tensor, weights: Tensor, max_scale: float | None, noise: float) -> Tensor:
     before = _square_norm(gram, torch.ones_like(weights))
     after = _square_norm(gram, weights)
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    scale = divide_or_zero(before.clamp(min=0), after).sqrt()
-    if max_scale is not None:
-        scale = scale.clamp(max=max_scale)
+    scale = divide_or_zero(before.clamp(min=0), after).sqrt().clamp(max=limit)
     left = after > noise * (weights.abs() * norms).sum(-1).square()
     return weights * torch.where(left, scale, 1.0)[..., None]
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import solve_step
+from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method, check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
@@ -18,24 +18,11 @@ __all__ = ["GradVac", "vaccinate"]
 _MAX_TARGET_COSINE = 1 - 1e-6
 
 
-@torch.library.custom_op("gradsurgery::vaccinate", mutates_args=())
-def vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Coefficients of the sum of the altered gradients, [..., T], and the new targets.
-
-    A Gram matrix that is not finite leaves its targets as they were.
-    """
-    return solve_step("vaccinate", _vaccinate, gram, orders, target, beta, _MAX_TARGET_COSINE)
-
-
-@vaccinate.register_fake
-def _(gram: Tensor, orders: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    return gram.new_empty(gram.shape[:-1]), torch.empty_like(target)
-
-
-def _vaccinate(
+@tasks.step("vaccinate")
+def vaccinate(
     gram: Tensor, orders: Tensor, target: Tensor, beta: float, most: float
 ) -> tuple[Tensor, Tensor]:
-    before, finite = target, gram.isfinite().all(-1).all(-1)[..., None, None]
+    """Coefficients of the sum of the altered gradients, [..., T], and the new targets."""
     target = target.clone()
     altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     altered = altered.clone()
@@ -54,7 +41,7 @@ def _vaccinate(
         altered.scatter_add_(-1, partner, added[..., None])
         moved = torch.where(defined, wanted + beta * (cosine - wanted), wanted)
         target.scatter_(-1, partner, moved[..., None])
-    return altered.sum(-2), torch.where(finite, target, before)
+    return altered.sum(-2), target
 
 
 class GradVac(Method):
@@ -112,11 +99,10 @@ class GradVac(Method):
         if self._target is None:
             self._target = torch.zeros_like(gram)
         self._target = self._target.to(gram.device, non_blocking=True)
-        weights: Tensor
-        weights, moved = vaccinate(gram, orders, self._target, self.beta)
         # In place: a captured CUDA graph reads and writes the same memory at every replay.
-        self._target.copy_(moved)
-        return weights
+        return tasks.run_moving(
+            "vaccinate", gram, self._target, orders, numbers=(self.beta, _MAX_TARGET_COSINE)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         # Text, and always there: distributed checkpoints load only entries, down to the elements

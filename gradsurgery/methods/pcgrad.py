@@ -7,30 +7,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels._backend import solve_step
+from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
 
 __all__ = ["PCGrad", "project_conflicts"]
 
 
-# One op to the dispatcher and to torch.compile, whatever T.
-@torch.library.custom_op("gradsurgery::project_conflicts", mutates_args=())
+@tasks.step("project")
 def project_conflicts(gram: Tensor, orders: Tensor) -> Tensor:
     """Coefficients of the sum of the altered gradients, [..., T, T] -> [..., T].
 
     Row i of c holds the coefficients of ĝ_i = Σ_k c_ik g_k, starting from c = I. Where
     d = ĝ_i·g_j < 0, c_ij -= d / M_jj. The result is the column sums of c.
     """
-    return solve_step("project", _project, gram, orders)
-
-
-@project_conflicts.register_fake
-def _(gram: Tensor, orders: Tensor) -> Tensor:
-    return gram.new_empty(gram.shape[:-1])
-
-
-def _project(gram: Tensor, orders: Tensor) -> Tensor:
     altered = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).repeat(
         *gram.shape[:-2], 1, 1
     )
@@ -66,5 +56,4 @@ class PCGrad(Method):
         resolution: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
-        weights: Tensor = project_conflicts(gram, orders)
-        return weights
+        return tasks.run("project", gram, orders)

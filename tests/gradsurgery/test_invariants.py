@@ -18,10 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery import AdaptiveGradientSurgery, aggregate, methods
-from gradsurgery.kernels import blocked
+from gradsurgery.kernels import blocked, tasks
 from gradsurgery.methods._projection import draw_orders
-from gradsurgery.methods.gradvac import vaccinate
-from gradsurgery.methods.pcgrad import project_conflicts
 
 NAMES = methods.available()
 # What makes the host wait for the device, or needs a result to go on.
@@ -229,8 +227,9 @@ def test_invariant_4_inside_of_the_kernels_on_fake_cuda(dtype: torch.dtype) -> N
         blocked.combine_into(rows, torch.ones(4, device="cuda", dtype=torch.float64), rows[0])
         gram = torch.zeros(8, 8, device="cuda", dtype=torch.float64)
         orders = draw_orders(gram.shape[:1], gram.device, shared=False, generator=None)
-        project_conflicts._init_fn(gram, orders)
-        vaccinate._init_fn(gram, orders, gram, 0.01)
+        for numbers in ((), (2.0, 1e-15)):
+            tasks.solve._init_fn("ags" if numbers else "project", gram, [orders], list(numbers))
+        tasks._solve_moving._init_fn("vaccinate", gram, [orders], gram, [0.01, 0.99])
     assert crossings(ours) == []
 
 
@@ -247,16 +246,16 @@ def test_invariant_5_no_growth_with_parameters_nor_tasks(method: str) -> None:
 def test_invariant_5_the_same_calls_on_fake_cuda(method: str) -> None:
     """From filled rows to p.grad, whatever T (from 3 on an order is drawn) and the parameters."""
     found = []
-    for tasks, count in ((3, 2), (3, 40), (17, 2)):
+    for rows, count in ((3, 2), (3, 40), (17, 2)):
         with FakeTensorMode():
             parameters = [nn.Parameter(torch.zeros(4, 4, device="cuda")) for _ in range(count)]
             plugin = AdaptiveGradientSurgery(torch.optim.SGD(parameters, lr=0.1), method)
             surgery = plugin._surgery
             for _ in range(2):
-                surgery._gradients.arrange(parameters, tasks, [True] * count, keep=False)
-                names = tuple(map(str, range(tasks)))
+                surgery._gradients.arrange(parameters, rows, [True] * count, keep=False)
+                names = tuple(map(str, range(rows)))
                 with recorded() as ours:
-                    surgery._operate(names, [(1 << tasks) - 1] * count, torch.device("cuda"))
+                    surgery._operate(names, [(1 << rows) - 1] * count, torch.device("cuda"))
         # prim: questions that fake tensors answer without running anything.
         found.append(Counter(n for n in ours.names() if not n.startswith("prim::")))
     assert found[0] == found[1] == found[2]

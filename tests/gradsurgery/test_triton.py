@@ -5,6 +5,7 @@ Without a GPU `test_triton_builds.py` runs this file in a process with TRITON_IN
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from gradsurgery import AdaptiveGradientSurgery, aggregate, kernels, methods
-from gradsurgery.kernels import _backend, blocked, reference, triton_rows, triton_tasks
+from gradsurgery.kernels import _backend, blocked, reference, tasks, triton_rows, triton_tasks
 from gradsurgery.methods import ags, gradvac, pcgrad
-from gradsurgery.methods._base import _guard_plainly
 from gradsurgery.methods._projection import draw_orders
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -156,27 +156,27 @@ def grams(count: int, *, opposing: bool) -> Tensor:
 def test_the_small_kernels_against_torch_ops(count: int) -> None:
     gram = grams(count, opposing=True)
     orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=None)
-    projected = pcgrad.project_conflicts(gram, orders)
+    projected = tasks.run("project", gram, orders)
     # float64 sums of T terms in another order, amplified by projections in a row.
     close = {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(projected, pcgrad._project(gram, orders), **close)
-    for limit in (None, 0.5, 2.0):
-        found = ags.rescale(gram, projected, limit, 1e-15)
-        torch.testing.assert_close(found, ags._rescale(gram, projected, limit, 1e-15), **close)
+    torch.testing.assert_close(projected, pcgrad.project_conflicts(gram, orders), **close)
+    for limit in (math.inf, 0.5, 2.0):
+        found = tasks.run("rescale", gram, projected, numbers=(limit, 1e-15))
+        torch.testing.assert_close(found, ags.rescale(gram, projected, limit, 1e-15), **close)
     target = torch.rand(gram.shape, generator=torch.Generator().manual_seed(0)).double() - 0.5
     target = target.to(DEVICE)
     # Opposing gradients leave rounding noise, whose cosine is anything.
     gram = grams(count, opposing=False)
     gram[1, 1, 0, 0] = torch.nan
-    found = gradvac.vaccinate(gram, orders, target, 0.01)
-    wanted = gradvac._vaccinate(gram, orders, target, 0.01, gradvac._MAX_TARGET_COSINE)
-    assert torch.equal(found[1][1, 1], target[1, 1])
+    moved = target.clone()
+    numbers = (0.01, gradvac._MAX_TARGET_COSINE)
+    found = tasks.run_moving("vaccinate", gram, moved, orders, numbers=numbers)
+    wanted = gradvac.vaccinate(gram, orders, target, *numbers)
     finite = gram.isfinite().all(-1).all(-1)
-    torch.testing.assert_close(found[0][finite], wanted[0][finite], **close)
-    torch.testing.assert_close(found[1], wanted[1], **close)
-    guarded = methods._base._guard(gram, projected)
-    assert torch.equal(guarded.isnan(), _guard_plainly(gram, projected).isnan())
-    assert torch.equal(guarded[finite], projected[finite])
+    torch.testing.assert_close(found[finite], wanted[0][finite], **close)
+    torch.testing.assert_close(moved[finite], wanted[1][finite], **close)
+    assert torch.equal(moved[1, 1], target[1, 1])
+    assert torch.equal(found.isnan().any(-1), ~finite)
 
 
 @pytest.mark.parametrize("shared", [True, False])
