@@ -8,7 +8,7 @@ from torch import Tensor
 from gradsurgery.kernels import blocked, native, reference
 from gradsurgery.kernels._backend import BACKENDS, choose, on_triton, with_fallback
 
-__all__ = ["combine", "gram", "resolution"]
+__all__ = ["combine", "gram", "real_rows", "resolution"]
 
 
 # Each is one op to the dispatcher and to torch.compile.
@@ -87,7 +87,7 @@ def gram(gradients: Tensor, *, backend: str = "auto") -> Tensor:
                 [ 8.,  4.]], dtype=torch.float64)
     """
     _check_backend(backend)
-    rows = _real_rows(gradients)
+    rows = real_rows(gradients)
     with _full_precision(rows):
         product: Tensor = _gram(rows, backend)
     return product
@@ -119,7 +119,7 @@ def combine(
         tensor([2., 1.])
     """
     _check_backend(backend)
-    rows = _real_rows(gradients)
+    rows = real_rows(gradients)
     if not isinstance(weights, Tensor) or not (out is None or isinstance(out, Tensor)):
         raise TypeError(
             f"weights must be a tensor [T], out a tensor [D] or None; "
@@ -163,7 +163,7 @@ def resolution(gradients: Tensor) -> float:
     rows of more than eight tasks on CUDA), else what float32 sums over short pieces leave. Methods
     use it to tell a sum that cancelled from noise. It does not look at values.
     """
-    rows = _real_rows(gradients)
+    rows = real_rows(gradients)
     if on_triton(rows.device, rows.shape[0]):
         from gradsurgery.kernels import triton_rows
 
@@ -181,7 +181,7 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
 
 
-def _real_rows(gradients: Tensor) -> Tensor:
+def real_rows(gradients: Tensor) -> Tensor:
     if not isinstance(gradients, Tensor):
         raise TypeError(f"gradients must be a tensor [T, D]; got {type(gradients).__name__}")
     if not (gradients.is_floating_point() or gradients.is_complex()):

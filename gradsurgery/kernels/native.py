@@ -9,12 +9,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["available", "combine_into", "function", "gram", "takes"]
+__all__ = [
+    "available",
+    "combine_into",
+    "combine_spans",
+    "function",
+    "gram",
+    "gram_spans",
+    "takes",
+]
 
 _MOST_ROWS = 64
 # The instruction set that the library may use: 0 what this processor has, 1 any, 2 up to AVX2.
@@ -36,6 +45,11 @@ def _library() -> ctypes.CDLL | None:
     library.gradsurgery_gram.restype = integer
     library.gradsurgery_combine.argtypes = [*matrix, pointer, pointer]
     library.gradsurgery_combine.restype = None
+    spans: list[Any] = [pointer, long, long, integer, integer, pointer, long]
+    library.gradsurgery_gram_spans.argtypes = [*spans, pointer]
+    library.gradsurgery_gram_spans.restype = integer
+    library.gradsurgery_combine_spans.argtypes = [*spans, pointer, pointer]
+    library.gradsurgery_combine_spans.restype = None
     return library
 
 
@@ -79,6 +93,22 @@ def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
         out.copy_(target)
 
 
+def gram_spans(rows: Tensor, bounds: Sequence[int]) -> Tensor:
+    """M of each span of columns, [T, D] -> [spans, T, T]; `bounds` is start, stop, start, ..."""
+    count, spans = rows.shape[0], len(bounds) // 2
+    out = torch.empty(spans, count, count, dtype=torch.float64)
+    if _loaded().gradsurgery_gram_spans(*_spans(rows, bounds), out.data_ptr()):
+        raise MemoryError("no memory for the partial sums of the Gram matrices")
+    return out
+
+
+def combine_spans(rows: Tensor, weights: Tensor, bounds: Sequence[int], out: Tensor) -> None:
+    """Over each span out = Gᵀ w with its weights, [spans, T]; `out` is a row of G, or like one."""
+    factors = weights.to(torch.float64).contiguous()
+    arguments = _spans(rows, bounds)
+    _loaded().gradsurgery_combine_spans(*arguments, factors.data_ptr(), out.data_ptr())
+
+
 def _loaded() -> ctypes.CDLL:
     library = _library()
     assert library is not None, "ask available() first"
@@ -87,3 +117,10 @@ def _loaded() -> ctypes.CDLL:
 
 def _matrix(rows: Tensor) -> tuple[int, ...]:
     return rows.data_ptr(), *rows.shape, rows.stride(0), torch.get_num_threads(), _limit
+
+
+def _spans(rows: Tensor, bounds: Sequence[int]) -> tuple[Any, ...]:
+    array = (ctypes.c_long * len(bounds))(*bounds)
+    threads = torch.get_num_threads()
+    count, stride = rows.shape[0], rows.stride(0)
+    return rows.data_ptr(), count, stride, threads, _limit, array, len(bounds) // 2

@@ -107,3 +107,58 @@ void gradsurgery_combine(const float *rows, long count, long width, long stride,
     for (long part = 0; part < PARTS; part++)
         combine(&g, weights, out, part_start(width, part), part_start(width, part + 1));
 }
+
+/* Many spans of columns, each with a matrix of its own. Long ones are shared out among the threads
+   one after the other, short ones go to one thread each. */
+static int is_long(long count, const long *span) { return count * (span[1] - span[0]) > 4 * GRAIN; }
+
+/* out [spans, count, count]: of each span its own G Gᵀ; `bounds` holds their [start, stop). */
+int gradsurgery_gram_spans(const float *rows, long count, long stride, int threads, int limit,
+                           const long *bounds, long spans, double *out)
+{
+    const struct matrix g = {rows, count, 0, stride};
+    const long padded = padded_count(count), square = count * count;
+    gram_function *gram;
+    combine_function *combine;
+    choose(limit, &gram, &combine);
+    for (long s = 0; s < spans; s++) {
+        const long *span = bounds + 2 * s;
+        if (is_long(count, span) && gradsurgery_gram(rows + span[0], count, span[1] - span[0],
+                                                     stride, threads, limit, out + s * square))
+            return 1;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long s = 0; s < spans; s++) {
+        const long *span = bounds + 2 * s;
+        if (is_long(count, span)) continue;
+        double sums[MAX_ROWS * MAX_ROWS] = {0};
+        gram(&g, span[0], span[1], sums);
+        double *mine = out + s * square;
+        for (long i = 0; i < count; i++)
+            for (long j = i; j < count; j++)
+                mine[i * count + j] = mine[j * count + i] = sums[i * padded + j];
+    }
+    return 0;
+}
+
+/* out, over each span: Gᵀ w with its own weights, [spans, count]; `out` may be a row of G. */
+void gradsurgery_combine_spans(const float *rows, long count, long stride, int threads, int limit,
+                               const long *bounds, long spans, const double *weights, float *out)
+{
+    const struct matrix g = {rows, count, 0, stride};
+    gram_function *gram;
+    combine_function *combine;
+    choose(limit, &gram, &combine);
+    for (long s = 0; s < spans; s++) {
+        const long *span = bounds + 2 * s;
+        if (is_long(count, span))
+            gradsurgery_combine(rows + span[0], count, span[1] - span[0], stride, threads, limit,
+                                weights + s * count, out + span[0]);
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long s = 0; s < spans; s++) {
+        const long *span = bounds + 2 * s;
+        if (!is_long(count, span))
+            combine(&g, weights + s * count, out, span[0], span[1]);
+    }
+}
