@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery._losses import Losses
+from gradsurgery._options import Options
 from gradsurgery._parameters import (
     check_parameters,
     check_replicated,
@@ -46,13 +47,20 @@ class DataParallelSurgery(Surgery):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, method: Method, scope: str, seed: int, group: Any
+        self,
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        options: Options,
+        seed: int,
+        group: Any,
     ) -> None:
-        super().__init__(optimizer, method, scope, seed)
+        super().__init__(optimizer, method, options, seed)
         self._ranks = Ranks(group)
         self._rows = SpreadRows(self._ranks)
         # Parameters that need no weights: the mean of one task's gradient, or of the only task's.
         self._plain = SpreadRows(self._ranks)
+        # The one row of steps whose weights are known beforehand.
+        self._single = SpreadRows(self._ranks)
         self._known: tuple[tuple[int, ...], str] = ((), "")
 
     def waiting(self) -> list[Tensor]:
@@ -68,8 +76,12 @@ class DataParallelSurgery(Surgery):
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def backward(self, losses: Losses, *, accumulate: bool, retain_graph: bool) -> None:
+    def backward(
+        self, losses: Losses, *, accumulate: bool, retain_graph: bool, features: Any = None
+    ) -> None:
         """See `AdaptiveGradientSurgery.backward`."""
+        if features is not None:
+            raise ValueError("features cannot be combined with process_group")
         if not self._ranks.in_step:
             raise RuntimeError(
                 "a collective of this process group failed earlier, so the ranks are out of step: "
@@ -77,25 +89,161 @@ class DataParallelSurgery(Surgery):
             )
         parameters = self.parameters()
         plan = self._agree(parameters, losses, accumulate)
-        pending = self._pending is not None
+        weights = self._adding if self._pending is not None else self._kept.get(plan.names)
+        asked = self.method.one_backward and self._pending is None
+        visible = self.options.scope == "all" or not plan.opaque
+        known = (weights is not None or asked) and visible and not self._rows_wait
+        values = self._loss_values(plan.losses)
+        if known and len(plan.names) > 1:
+            self._by_weights(parameters, plan, weights, values, accumulate, retain_graph)
+        else:
+            self._by_rows(parameters, plan, weights, values, accumulate, retain_graph)
+
+    def _by_rows(
+        self,
+        parameters: list[Tensor],
+        plan: _Plan,
+        weights: Tensor | None,
+        values: Tensor | None,
+        accumulate: bool,
+        retain: bool,
+    ) -> None:
+        """One backward per task, into rows."""
+        pending = self._rows_wait
         # From here on the rows change: what waits is dropped unless the call comes to its end.
         call = self._arrange(parameters, plan, accumulate=accumulate)
-        leaves = (*parameters, *call.targets, *call.inputs)
-        undo = Undo({id(leaf): leaf for leaf in leaves}, self.order, self.method)
+        undo = self._undo(parameters, call)
         report = self.last
         try:
             undo.clear()
-            self._run(call, plan, accumulate=accumulate, retain=retain_graph, add=pending)
+            self._run(call, plan, accumulate=accumulate, retain=retain, add=pending)
             if not accumulate:
-                report = self._put_together(call, plan.names)
+                report = self._put_together(call, plan.names, values, weights)
+            undo.add_earlier()
+        except BaseException:
+            undo.roll_back()
+            raise
+        if not accumulate and len(plan.names) > 1:
+            if weights is None and report is not None:
+                self._kept.take(plan.names, report.weights)
+            else:
+                self._kept.count()
+        self.last = report
+        self._reach = dict(zip(map(id, call.targets), call.reached, strict=True))
+        self._rows_wait = accumulate
+        self._pending, self._values, self._adding = (
+            (plan.names, values, weights) if accumulate else (None, None, None)
+        )
+        self.warn_without_gradient(any(plan.reach) or any(call.reached))
+
+    def _undo(self, parameters: list[Tensor], call: _Call) -> Undo:
+        leaves = (*parameters, *call.targets, *call.inputs)
+        return Undo({id(leaf): leaf for leaf in leaves}, self.order, self.method)
+
+    def _by_weights(
+        self,
+        parameters: list[Tensor],
+        plan: _Plan,
+        weights: Tensor | None,
+        values: Tensor | None,
+        accumulate: bool,
+        retain: bool,
+    ) -> None:
+        """Weights are known beforehand: one backward, one row to average."""
+        add = self._pending is not None
+        masks = {id(p): mask for p, mask in zip(parameters, plan.reach, strict=True)}
+        waiting = self._single.full.parameters if add else []
+        held = {id(p): p for p in waiting}
+        held |= {id(p): p for p in parameters if masks[id(p)] or plan.opaque}
+        self._pending = None
+        self._single.arrange(list(held.values()), 1, 1, [0] * len(held), keep=add)
+        targets = self._single.full.parameters
+        before = self._reach if add else {}
+        call = _Call(targets, [before.get(id(p), 0) for p in targets], self._inputs(plan, masks))
+        undo = self._undo(parameters, call)
+        report = self.last
+        try:
+            undo.clear()
+            if weights is None:
+                report = self._ask(plan.names, targets[0].device, values)
+                weights = report.weights
+            failure: BaseException | None = None
+            try:
+                self._fill_weighted(call, plan, weights, retain=retain, add=add)
+            except BaseException as error:
+                failure = error
+            self._settle(call, failure, [] if accumulate else [self._single])
+            if not accumulate:
+                for arrived in self._single.gather():
+                    arrived()
+                for i, (p, mask) in enumerate(zip(targets, call.reached, strict=True)):
+                    if mask:
+                        p.grad = self._single.full.publish(0, i)
             undo.add_earlier()
         except BaseException:
             undo.roll_back()
             raise
         self.last = report
-        self._reach = dict(zip(map(id, call.targets), call.reached, strict=True))
-        self._pending = plan.names if accumulate else None
+        self._reach = dict(zip(map(id, targets), call.reached, strict=True))
+        self._pending, self._adding = (plan.names, weights) if accumulate else (None, None)
+        if not accumulate:
+            self._kept.count()
         self.warn_without_gradient(any(plan.reach) or any(call.reached))
+
+    def _fill_weighted(
+        self, call: _Call, plan: _Plan, weights: Tensor, *, retain: bool, add: bool
+    ) -> None:
+        """This rank's gradient of Σ_t w_t L_t into the single row; a head's without the weight."""
+        given = [(t, loss) for t, loss in enumerate(plan.losses) if loss is not None]
+        views = [self._single.full.view(0, i) for i in range(len(call.targets))]
+        reach = dict(zip(map(id, self.parameters()), plan.reach, strict=True))
+        plain: dict[int, tuple[Tensor, Tensor]] = {}
+        weighted: dict[int, tuple[Tensor, Tensor]] = {}
+        for i, (p, view) in enumerate(zip(call.targets, views, strict=True)):
+            if plan.seen.complete and not plan.seen.tasks_of(p):
+                continue
+            head = self.options.scope == "shared" and reach.get(id(p), 0).bit_count() == 1
+            (plain if head else weighted)[i] = (p, view)
+        reached: set[int] = set()
+        losses = [loss for _, loss in given]
+        factors = [weights[t].to(loss.device, loss.dtype, non_blocking=True) for t, loss in given]
+        with explain_donated_buffers():
+            if losses and (plain or call.inputs):
+                keep = retain or bool(weighted)
+                reached |= fill_views(
+                    losses, None, plain, call.inputs, self.optimizer, keep=keep, add=add
+                )
+            if losses and weighted:
+                reached |= fill_views(
+                    losses, factors, weighted, (), self.optimizer, keep=retain, add=add
+                )
+        refuse_inner_backward(self.parameters())
+        for i in reached:
+            call.reached[i] |= sum(1 << t for t, _ in given) & (
+                plan.seen.tasks_of(call.targets[i]) or -1
+            )
+        empty = [view for i, view in enumerate(views) if i not in reached]
+        if empty and not add:
+            torch._foreach_zero_(empty)
+
+    def _loss_values(self, losses: Sequence[Tensor | None]) -> Tensor | None:
+        """The mean over the ranks that have samples of the task."""
+        if not self.method.reads_losses:
+            return None
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        there = [loss is not None for loss in losses]
+        values = torch.zeros(2, len(losses), dtype=torch.float64, device=device)
+        values[1] = torch.tensor(there, dtype=torch.float64).to(device, non_blocking=True)
+        for task, loss in enumerate(losses):
+            if loss is not None:
+                values[0, task] = loss.detach().to(device, torch.float64)
+        self._ranks.sum(values)
+        mean = values[0] / values[1].clamp(min=1)
+        return mean if self._values is None else self._values + mean
+
+    def products(self, changes: Mapping[int, Tensor]) -> Tensor:
+        """Not here: no rank holds a task's whole gradient."""
+        raise RuntimeError("with a process_group the tasks' gradients do not outlive backward")
 
     def _agree(self, parameters: list[Tensor], losses: Losses, accumulate: bool) -> _Plan:
         """What all ranks are going to do; raises on all of them where they do not fit together."""
@@ -143,29 +291,33 @@ class DataParallelSurgery(Surgery):
 
     def _arrange(self, parameters: list[Tensor], plan: _Plan, *, accumulate: bool) -> _Call:
         """Room for what the tasks reach on any rank."""
-        pending = self._pending is not None
+        pending = self._rows_wait
         waits = accumulate or pending
         count = len(plan.names)
         captured: list[Tensor] = []
-        together: list[bool] = []
+        ranks: list[int] = []
         masks = {id(p): mask for p, mask in zip(parameters, plan.reach, strict=True)}
         if count > 1:
-            captured, together = self.choose(parameters, masks, plan.opaque, gather=waits)
-        self._pending = None
+            captured, ranks = self.choose(parameters, masks, plan.opaque, gather=waits)
+        self._pending, self._rows_wait = None, False
         held = {id(p) for p in captured}
         rest = [p for p in parameters if id(p) not in held and (masks[id(p)] or plan.opaque)]
         rows = count if waits else min(count, _ROWS_IN_FLIGHT)
-        self._rows.arrange(captured, count, rows, together, keep=pending)
-        self._plain.arrange(rest, 1, 1, [True] * len(rest), keep=pending)
+        self._rows.arrange(captured, count, rows, ranks, keep=pending)
+        self._plain.arrange(rest, 1, 1, [0] * len(rest), keep=pending)
         targets = self._rows.full.parameters + self._plain.full.parameters
         before = self._reach if pending else {}
-        own = {id(p) for p in parameters}
-        inputs = [
+        reached = [before.get(id(p), 0) for p in targets]
+        return _Call(targets, reached, self._inputs(plan, masks))
+
+    @staticmethod
+    def _inputs(plan: _Plan, own: Mapping[int, int]) -> list[Tensor]:
+        """Leaves that are no parameters: what somebody wants a gradient of beside."""
+        return [
             leaf
             for key, (leaf, _) in plan.seen.leaves.items()
             if key not in own and not isinstance(leaf, torch.nn.Parameter)
         ]
-        return _Call(targets, [before.get(id(p), 0) for p in targets], inputs)
 
     def _run(self, call: _Call, plan: _Plan, *, accumulate: bool, retain: bool, add: bool) -> None:
         """One backward per task, rows on their way while the next one runs; then compare notes."""
@@ -182,12 +334,18 @@ class DataParallelSurgery(Surgery):
             # Also after an error: the other ranks are sending theirs.
             if not accumulate:
                 self._rows.send(task, row)
-        if not accumulate:
-            self._plain.send(0, 0)
+        self._settle(call, failure, [] if accumulate else [self._plain])
+
+    def _settle(
+        self, call: _Call, failure: BaseException | None, rows: Sequence[SpreadRows]
+    ) -> None:
+        """Send single rows, compare notes, and wait for everything that is on its way."""
+        for row in rows:
+            row.send(0, 0)
         text = f"{type(failure).__name__}: {failure}" if failure else None
         said = self._ranks.exchange((text, {}, tuple(call.reached)))
-        self._rows.settle()
-        self._plain.settle()
+        for row in (self._rows, self._plain, self._single):
+            row.settle()
         if failure is not None:
             raise failure
         self._ranks.compare([each[:2] for each in said])
@@ -219,7 +377,8 @@ class DataParallelSurgery(Surgery):
             }
             with explain_donated_buffers():
                 reached = fill_views(
-                    loss,
+                    [loss],
+                    None,
                     {i: (call.targets[i], view) for i, view in wanted.items()},
                     call.inputs,
                     self.optimizer,
@@ -233,24 +392,31 @@ class DataParallelSurgery(Surgery):
         if empty and not add:
             torch._foreach_zero_(empty)
 
-    def _put_together(self, call: _Call, names: tuple[str, ...]) -> SurgeryReport:
+    def _put_together(
+        self,
+        call: _Call,
+        names: tuple[str, ...],
+        values: Tensor | None,
+        weights: Tensor | None,
+    ) -> SurgeryReport | None:
         """This rank's parts of the rows -> M -> w -> all of row 0 -> p.grad."""
         rows, plain = self._rows, self._plain
         count = len(rows.full.parameters)
-        least = 2 if self.scope == "shared" else 1
+        least = 2 if self.options.scope == "shared" else 1
         operated = [mask.bit_count() >= least for mask in call.reached[:count]]
+        report = self.last
         if len(names) > 1:
             device = next(iter({p.device for p in call.targets}), torch.device("cpu"))
-            products, accuracy = rows.gram(operated, len(names), device)
-            weights = self.method.weights(products, generator=self.order, resolution=accuracy)
-            rows.combine(operated, weights)
+            if weights is None:
+                report = self.solve(rows, operated, names, device, values)
+                weights = report.weights
+            self.combine(rows, operated, weights)
             rows.pick(
                 [
                     -1 if by_weights else mask.bit_length() - 1
                     for by_weights, mask in zip(operated, call.reached, strict=False)
                 ]
             )
-            report = SurgeryReport(names, products, weights)
         else:
             device = call.targets[0].device if call.targets else torch.device("cpu")
             one = torch.ones(1, dtype=torch.float64, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,21 +43,30 @@ class GraphSurvey:
     """Leaves that will get a sparse gradient."""
     doubtful: set[int] = field(default_factory=set)
     """ids of leaves that may get one: something further up makes one."""
+    stopped: dict[int, int] = field(default_factory=dict)
+    """Index of a tensor at which the walk stopped -> the tasks that came by."""
 
     def tasks_of(self, leaf: Tensor) -> int:
         """The tasks whose graph shows that they reach the leaf."""
         return self.leaves.get(id(leaf), (leaf, 0))[1]
 
 
-def survey(losses: Sequence[Tensor | None]) -> GraphSurvey:
-    """Walk the graphs of all losses once: O(nodes), whatever the number of tasks."""
+def survey(losses: Sequence[Tensor | None], stops: Sequence[Tensor] = ()) -> GraphSurvey:
+    """Walk the graphs of all losses once: O(nodes), whatever the number of tasks.
+
+    Args:
+        losses: roots; None: nothing of that task is here.
+        stops: tensors of the graph beyond which nobody looks.
+    """
+    edges = [get_gradient_edge(tensor) for tensor in stops]
+    ends = {(edge.node, edge.output_nr): index for index, edge in enumerate(edges)}
     masks: dict[Node, int] = {}
     for task, loss in enumerate(losses):
         if loss is None:
             continue
         root = get_gradient_edge(loss).node
         masks[root] = masks.get(root, 0) | 1 << task
-    order = _topological_order(list(masks))
+    order = _topological_order(list(masks), ends)
     if order is None:
         # As careful as can be: keep every graph for the next task, and expect anything.
         everything = (1 << len(losses)) - 1
@@ -78,9 +87,14 @@ def survey(losses: Sequence[Tensor | None]) -> GraphSurvey:
         kept |= mask ^ (1 << (mask.bit_length() - 1))
         if _is_opaque(node):
             result.opaque |= mask
-        for following, _ in node.next_functions:
-            if following is not None:
+        for following, output in node.next_functions:
+            if following is None:
+                continue
+            end = ends.get((following, output)) if ends else None
+            if end is None:
                 masks[following] = masks.get(following, 0) | mask
+            else:
+                result.stopped[end] = result.stopped.get(end, 0) | mask
         makes_sparse = _makes_sparse(node)
         if makes_sparse:
             direct = [n for n, _ in node.next_functions if isinstance(n, _ACCUMULATE)]
@@ -91,10 +105,12 @@ def survey(losses: Sequence[Tensor | None]) -> GraphSurvey:
     return result
 
 
-def _topological_order(roots: list[Node]) -> list[Node] | None:
+def _topological_order(
+    roots: list[Node], ends: Mapping[tuple[Node, int], int]
+) -> list[Node] | None:
     """Every node before all those that it leads to (depth first, without recursion).
 
-    None where the graph is deeper than `_MAX_DEPTH`.
+    What lies beyond `ends` stays out. None where the graph is deeper than `_MAX_DEPTH`.
     """
     finished: list[Node] = []
     stack: list[tuple[Node, bool]] = [(root, False) for root in roots]
@@ -113,8 +129,10 @@ def _topological_order(roots: list[Node]) -> list[Node] | None:
         if depth > _MAX_DEPTH:
             return None
         stack.append((node, True))
-        for following, _ in node.next_functions:
-            if following is not None and following not in entered:
+        for following, output in node.next_functions:
+            if following is None or following in entered:
+                continue
+            if not ends or (following, output) not in ends:
                 stack.append((following, False))
     finished.reverse()
     return finished

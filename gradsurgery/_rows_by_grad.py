@@ -19,7 +19,8 @@ _LARGE = 1 << 16
 
 
 def fill_views(
-    loss: Tensor,
+    losses: Sequence[Tensor],
+    factors: Sequence[Tensor] | None,
     targets: Mapping[int, tuple[Tensor, Tensor]],
     inputs: Sequence[Tensor],
     optimizer: Optimizer,
@@ -27,10 +28,11 @@ def fill_views(
     keep: bool,
     add: bool,
 ) -> set[int]:
-    """Differentiate a loss.
+    """Differentiate the sum of some losses.
 
     Args:
-        loss: 0-dim.
+        losses: 0-dim.
+        factors: for each loss a factor of its gradient, 0-dim; None: 1.
         targets: key -> a parameter, and the view that its gradient is copied or added to.
         inputs: other leaves; theirs are added to their `grad`.
         optimizer: for the names in errors.
@@ -52,7 +54,7 @@ def fill_views(
     parameters = [p for p, _ in targets.values()]
     try:
         gradients = torch.autograd.grad(
-            loss, [*parameters, *inputs], retain_graph=keep, allow_unused=True
+            losses, [*parameters, *inputs], factors, retain_graph=keep, allow_unused=True
         )
     finally:
         for handle in handles:

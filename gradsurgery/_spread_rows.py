@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from gradsurgery.distributed import Ranks
-from gradsurgery.kernels import combine, gram, resolution
+from gradsurgery.kernels import combine, gram, resolution, spans
 from gradsurgery.task_gradients import TaskGradients
 
 __all__ = ["SpreadRows"]
@@ -19,16 +19,18 @@ class SpreadRows:
 
     def __init__(self, ranks: Ranks) -> None:
         self.full = TaskGradients(parts=ranks.size)
+        self.tasks = 0
         self._ranks = ranks
         self._own: list[Tensor] = []
         self._on_their_way: dict[int, list[Callable[[], None]]] = {}
 
     def arrange(
-        self, parameters: list[Tensor], tasks: int, rows: int, together: list[bool], *, keep: bool
+        self, parameters: list[Tensor], tasks: int, rows: int, ranks: list[int], *, keep: bool
     ) -> None:
         """`rows` full rows, and room for `tasks` parts; see `TaskGradients.arrange`."""
         self._on_their_way.clear()
-        self.full.arrange(parameters, rows, together, keep=keep, clear=rows == 1)
+        self.tasks = tasks
+        self.full.arrange(parameters, rows, ranks, keep=keep, clear=rows == 1)
         shapes = [(tasks, buffer.shape[1] // self._ranks.size) for buffer in self.full.buffers]
         like = [(buffer.dtype, buffer.device) for buffer in self.full.buffers]
         if like != [(own.dtype, own.device) for own in self._own] or shapes != [
@@ -53,9 +55,9 @@ class SpreadRows:
             for finish in self._on_their_way.pop(each, ()):
                 finish()
 
-    def gram(self, chosen: list[bool], tasks: int, device: torch.device) -> tuple[Tensor, float]:
+    def gram(self, chosen: list[bool], device: torch.device) -> tuple[Tensor, float]:
         """M over the chosen parameters, and its relative accuracy; equal on all ranks."""
-        total = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
+        total = torch.zeros(self.tasks, self.tasks, dtype=torch.float64, device=device)
         accuracy = torch.finfo(torch.float64).eps
         for own in self._own:
             accuracy = max(accuracy, resolution(own))
@@ -64,10 +66,41 @@ class SpreadRows:
         self._ranks.sum(total)
         return total, accuracy
 
+    def grams(
+        self,
+        chosen: list[bool],
+        parts: list[int],
+        number: int,
+        device: torch.device,
+        roots: list[Tensor] | None = None,
+    ) -> tuple[Tensor, float]:
+        """M of each part, [number, T, T]; see `TaskGradients.grams`."""
+        total = torch.zeros(number, self.tasks, self.tasks, dtype=torch.float64, device=device)
+        accuracy = torch.finfo(torch.float64).eps
+        for own in self._own:
+            accuracy = max(accuracy, spans.resolution(own))
+        for block, bounds, where in self._segments_of_parts(chosen, parts):
+            own = self._own[block]
+            factors = None
+            if roots is not None:
+                size = len(roots[block]) // self._ranks.size
+                factors = roots[block][self._ranks.rank * size :][:size]
+            found = spans.gram_spans(own, bounds, factors)
+            total += spans.sum_by_part(found, where, number).to(device, non_blocking=True)
+        self._ranks.sum(total)
+        return total, accuracy
+
     def combine(self, chosen: list[bool], weights: Tensor) -> None:
         """Part 0 becomes Gᵀw over the chosen parameters."""
         for segment in self._segments(chosen):
             combine(segment, weights.to(segment.device, non_blocking=True), out=segment[0])
+
+    def combine_parts(self, chosen: list[bool], parts: list[int], weights: Tensor) -> None:
+        """The same with the weights of each parameter's part, [number, T]."""
+        for block, bounds, where in self._segments_of_parts(chosen, parts):
+            own = self._own[block]
+            factors = spans.of_parts(weights.to(own.device, non_blocking=True), where)
+            spans.combine_spans(own, factors, bounds, own[0])
 
     def pick(self, tasks: list[int]) -> None:
         """Part 0 becomes one task's for the parameters that say which, others say -1."""
@@ -93,3 +126,15 @@ class SpreadRows:
             if start < stop:
                 found.append(own[:, start:stop])
         return found
+
+    def _segments_of_parts(
+        self, chosen: list[bool], parts: list[int]
+    ) -> Iterator[tuple[int, list[tuple[int, int]], list[int]]]:
+        """Buffer, columns and parts, as far as they are this rank's."""
+        for block, (bounds, where) in self.full.spans_of_parts(chosen, parts).items():
+            width = self._own[block].shape[1]
+            begin = self._ranks.rank * width
+            cut = [(max(a - begin, 0), min(b - begin, width)) for a, b in bounds]
+            here = [i for i, (start, stop) in enumerate(cut) if start < stop]
+            if here:
+                yield block, [cut[i] for i in here], [where[i] for i in here]

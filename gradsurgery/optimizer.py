@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradsurgery._data_parallel import DataParallelSurgery
 from gradsurgery._losses import Losses
+from gradsurgery._options import Granularity, read_options
 from gradsurgery.methods import Method, resolve
 from gradsurgery.report import SurgeryReport
 from gradsurgery.surgery import Surgery
@@ -72,7 +73,7 @@ class AdaptiveGradientSurgery(Optimizer):
         method: str | Method = "ags",
         *,
         scope: str = "shared",
-        granularity: str = "model",
+        granularity: Granularity = "model",
         every: int = 1,
         metric: str = "euclidean",
         process_group: Any = None,
@@ -84,25 +85,16 @@ class AdaptiveGradientSurgery(Optimizer):
             )
         if isinstance(optimizer, AdaptiveGradientSurgery):
             raise TypeError("optimizer is wrapped in AdaptiveGradientSurgery already")
-        _one_of("scope", scope, ("shared", "all"))
+        options = read_options(scope, granularity, every, metric)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int; got {seed!r}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be at least 0 and fit into 64 bits; got {seed}")
-        _one_of("granularity", granularity, ("model", "group", "parameter"))
-        _one_of("metric", metric, ("euclidean", "optimizer"))
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be an int; got {every!r}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1; got {every}")
-        _only("granularity", granularity, "model")
-        _only("every", every, 1)
-        _only("metric", metric, "euclidean")
         if process_group is None:
-            self._surgery = Surgery(optimizer, resolve(method), scope, seed)
+            self._surgery = Surgery(optimizer, resolve(method), options, seed)
         else:
             self._surgery = DataParallelSurgery(
-                optimizer, resolve(method), scope, seed, process_group
+                optimizer, resolve(method), options, seed, process_group
             )
         self._make_hooks()
 
@@ -141,8 +133,9 @@ class AdaptiveGradientSurgery(Optimizer):
             RuntimeError: from autograd; everything is then as before the call, but that
                 micro-batches are dropped (with one loss: what `loss.backward()` leaves).
         """
-        _only("features", features, None)
-        self._surgery.backward(losses, accumulate=accumulate, retain_graph=bool(retain_graph))
+        self._surgery.backward(
+            losses, accumulate=accumulate, retain_graph=bool(retain_graph), features=features
+        )
 
     @property
     def last(self) -> SurgeryReport | None:
@@ -304,20 +297,6 @@ class AdaptiveGradientSurgery(Optimizer):
     def __repr__(self) -> str:
         surgery = self._surgery
         return (
-            f"{type(self).__name__}(method={surgery.method!r}, scope={surgery.scope!r}, "
+            f"{type(self).__name__}(method={surgery.method!r}, scope={surgery.options.scope!r}, "
             f"optimizer={self._base!r})"
-        )
-
-
-def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument} must be {' or '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _only(argument: str, value: object, supported: object) -> None:
-    """Refuse by name what the public signature has room for and this version cannot do."""
-    if type(value) is not type(supported) or value != supported:
-        raise NotImplementedError(
-            f"{argument}={value!r} is not available in this version of gradsurgery; "
-            f"only {argument}={supported!r} is"
         )

@@ -30,6 +30,7 @@ class SurgeryReport:
     names: tuple[str, ...]
     gram: Tensor
     weights: Tensor
+    parts: tuple[str, ...] = ()
 
     @property
     def norms(self) -> Tensor:

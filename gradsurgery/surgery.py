@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsurgery._graph import survey
+from gradsurgery._features import FeatureGradients, check_features
+from gradsurgery._graph import GraphSurvey, survey
+from gradsurgery._kept import KeptWeights
 from gradsurgery._losses import Losses, read_losses
+from gradsurgery._metric import check_metric, roots_of
+from gradsurgery._options import Options, Parts
 from gradsurgery._parameters import check_parameters, refuse_sparse
+from gradsurgery._spread_rows import SpreadRows
 from gradsurgery._undo import Undo
 from gradsurgery._warn import warn_user
+from gradsurgery._weighted import backward_weighted
 from gradsurgery.distributed import (
     Ranks,
     agree_over_mesh,
@@ -30,7 +37,7 @@ from gradsurgery.task_gradients import TaskGradients
 
 __all__ = ["Surgery", "explain_donated_buffers"]
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 # Every live surgery, so that two plugins on parts of one model leave each other's p.grad alone.
 _live: weakref.WeakSet[Surgery] = weakref.WeakSet()
 
@@ -43,11 +50,15 @@ class Surgery:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, method: Method, scope: str, seed: int
+        self, optimizer: torch.optim.Optimizer, method: Method, options: Options, seed: int
     ) -> None:
+        if options.metric == "optimizer":
+            check_metric(optimizer)
         self.optimizer = optimizer
         self.method = method
-        self.scope = scope
+        self.options = options
+        self.keep_rows = False
+        """Whether all tasks' gradients outlive `backward`, for `products`; costs one more row."""
         self.order = torch.Generator().manual_seed(seed)
         self.last: SurgeryReport | None = None
         self._gradients = TaskGradients()
@@ -55,6 +66,14 @@ class Surgery:
         # id(parameter) -> tasks that reached it in the last call, or since the first of the
         # micro-batches that wait.
         self._reach: dict[int, int] = {}
+        self._kept = KeptWeights(options.every)
+        # The losses' values of micro-batches that wait, and where one backward pass does, the
+        # weights that the rest of them get too.
+        self._rows_wait = False
+        self._values: Tensor | None = None
+        self._adding: Tensor | None = None
+        self._operated: list[bool] = []
+        self._parts: tuple[tuple[object, ...], Parts] | None = None
         self._looked = False
         self._warned = False
         self._meshes: dict[Any, Ranks] = {}
@@ -69,6 +88,7 @@ class Surgery:
             "method": self.method.name,
             "method_state": self.method.state_dict(),
             "order": self.order.get_state(),
+            "kept": self._kept.state_dict(),
         }
 
     def check_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -100,22 +120,26 @@ class Surgery:
         self.order.set_state(state["order"].cpu())
         same = state["method"] == self.method.name
         self.method.load_state_dict(state["method_state"] if same else {})
+        self._kept.load_state_dict(state.get("kept", "") if same else "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             "optimizer": self.optimizer,
             "method": self.method,
-            "scope": self.scope,
+            "options": self.options,
             "order": self.order.get_state(),
+            "kept": self._kept,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["optimizer"], state["method"], state["scope"], 0)  # type: ignore[misc]
+        self.__init__(state["optimizer"], state["method"], state["options"], 0)  # type: ignore[misc]
         self.order.set_state(state["order"])
+        self._kept = state["kept"]
 
     def discard(self) -> None:
         """Drop micro-batches that were accumulated and not yet operated on."""
-        self._pending = None
+        self._pending = self._values = self._adding = None
+        self._rows_wait = False
 
     # --------------------------------------------------------------- backward
 
@@ -128,7 +152,9 @@ class Surgery:
     # Also under inference_mode, where buffers would be made that nothing can write to later.
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def backward(self, losses: Losses, *, accumulate: bool, retain_graph: bool) -> None:
+    def backward(
+        self, losses: Losses, *, accumulate: bool, retain_graph: bool, features: Any = None
+    ) -> None:
         """See `AdaptiveGradientSurgery.backward`."""
         parameters = self.parameters()
         names, tensors = self._read_everywhere(losses, parameters, accumulate)
@@ -136,19 +162,84 @@ class Surgery:
         if len(tensors) == 1:
             self._backward_alone(names, tensors[0], accumulate=accumulate, retain=retain_graph)
             return
+        if features is not None and self._kept.get(names) is None and not self.method.one_backward:
+            self._backward_features(names, tensors, features, accumulate, retain_graph)
+            return
         seen = survey(tensors)
         check_parameters(self.optimizer, parameters, seen)
         if any(hasattr(p, "device_mesh") for p in parameters):
             # fully_shard puts the gathered parameters into the graph, not the ones held here.
             seen.opaque = (1 << len(tensors)) - 1
         pending = self._pending is not None
-        masks = {id(p): seen.tasks_of(p) for p in parameters}
-        captured, together = self.choose(
-            parameters, masks, seen.opaque, gather=accumulate or pending
+        weights = self._adding if pending else self._kept.get(names)
+        asked = self.method.one_backward and not pending
+        values = self._loss_values(tensors)
+        # A node that hides what it reaches may hide a head, which needs a row of its own.
+        visible = self.options.scope == "all" or not seen.opaque
+        call = _Call(names, tensors, seen, weights, values, accumulate, retain_graph)
+        if (weights is not None or asked) and visible and not self._rows_wait:
+            self._backward_weighted(call)
+        else:
+            self._backward_each(call)
+
+    def _backward_weighted(self, call: _Call) -> None:
+        """Weights are known: one pass. Micro-batches add up in p.grad, as with a single loss."""
+        parameters, names, seen = self.parameters(), call.names, call.seen
+        own = {id(p) for p in parameters}
+        leaves = {id(p): p for p in parameters} | {k: leaf for k, (leaf, _) in seen.leaves.items()}
+        foreign = self._foreign(leaves, own, hidden=bool(seen.opaque))
+        leaves |= foreign
+        plain: list[Tensor] = []
+        weighted: list[Tensor] = []
+        for key, (leaf, mask) in seen.leaves.items():
+            head = self.options.scope == "shared" and mask.bit_count() == 1
+            (plain if key not in own or head else weighted).append(leaf)
+        undo = Undo(leaves, self.order, self.method)
+        report = self.last
+        try:
+            undo.clear()
+            weights = call.weights
+            if weights is None:
+                report = self._ask(names, call.losses[0].device, call.values)
+                weights = report.weights
+            with explain_donated_buffers():
+                backward_weighted(
+                    call.losses,
+                    weights,
+                    plain,
+                    weighted if plain else None,
+                    retain=call.retain_graph,
+                )
+            undo.add_earlier(foreign)
+        except BaseException:
+            undo.roll_back()
+            raise
+        self.last = report
+        self._operated = []
+        self._pending, self._adding = (names, weights) if call.accumulate else (None, None)
+        if not call.accumulate:
+            self._kept.count()
+        reached = bool(weighted) or any(id(leaf) in own for leaf in plain) or bool(seen.opaque)
+        self.warn_without_gradient(reached)
+
+    def _ask(
+        self, names: tuple[str, ...], device: torch.device, values: Tensor | None
+    ) -> SurgeryReport:
+        """The weights of a method that needs no gradients, and NaN for those."""
+        gram = torch.full((len(names), len(names)), torch.nan, dtype=torch.float64, device=device)
+        return SurgeryReport(
+            names, gram, self.method.weights(gram, losses=values, generator=self.order)
         )
+
+    def _backward_each(self, call: _Call) -> None:
+        """One backward pass per task, into rows; the method is asked unless weights are known."""
+        parameters, names, tensors, seen = self.parameters(), call.names, call.losses, call.seen
+        pending, accumulate = self._rows_wait, call.accumulate
+        masks = {id(p): seen.tasks_of(p) for p in parameters}
+        captured, ranks = self.choose(parameters, masks, seen.opaque, gather=accumulate or pending)
         # From here on the rows change: what waits is dropped unless the call comes to its end.
-        self._pending = None
-        self._gradients.arrange(captured, len(tensors), together, keep=pending)
+        self._pending, self._rows_wait = None, False
+        self._gradients.arrange(captured, len(tensors), ranks, keep=pending, spare=self.keep_rows)
         earlier_reach = self._reach if pending else {}
         targets = self._gradients.parameters
         reached = [earlier_reach.get(id(p), 0) for p in targets]
@@ -156,12 +247,14 @@ class Surgery:
         foreign = self._foreign(leaves, {id(p) for p in parameters}, hidden=bool(seen.opaque))
         leaves |= foreign
         expected = [seen.tasks_of(p) | seen.opaque for p in targets]
-        retain = [retain_graph or kept for kept in seen.retain]
+        retain = [call.retain_graph or kept for kept in seen.retain]
         watched = [
             p for p in targets if p.requires_grad and (seen.opaque or id(p) in seen.doubtful)
         ]
-        del seen
         watches = [refuse_sparse(p, self.optimizer) for p in watched]
+        # The graph must not outlive the last backward pass.
+        del seen
+        call.seen = GraphSurvey(retain=[])
         undo = Undo(leaves, self.order, self.method)
         report = self.last
         try:
@@ -169,7 +262,8 @@ class Surgery:
             for task, loss in enumerate(tensors):
                 self._fill_row(task, loss, retain[task], expected, reached)
             if not accumulate:
-                report = self._operate(names, reached, tensors[0].device)
+                device = tensors[0].device
+                report = self._operate(names, reached, device, call.values, call.weights)
             undo.add_earlier(foreign)
         except BaseException:
             undo.roll_back()
@@ -177,10 +271,94 @@ class Surgery:
         finally:
             for watch in watches:
                 watch.remove()
+        self._keep_weights(call, report)
         self.last = report
         self._reach = dict(zip(map(id, targets), reached, strict=True))
-        self._pending = names if accumulate else None
+        self._rows_wait = accumulate
+        self._pending, self._values, self._adding = (
+            (names, call.values, call.weights) if accumulate else (None, None, None)
+        )
         self.warn_without_gradient(any(masks.values()) or any(reached))
+
+    def _backward_features(
+        self,
+        names: tuple[str, ...],
+        losses: list[Tensor],
+        features: Any,
+        accumulate: bool,
+        retain: bool,
+    ) -> None:
+        """Surgery on the gradients at a shared representation."""
+        self._refuse_with_features(accumulate)
+        tensors, seen = check_features(features, losses)
+        parameters = self.parameters()
+        check_parameters(self.optimizer, parameters, seen)
+        own = {id(p): p for p in parameters}
+        beside = {key: leaf for key, (leaf, _) in seen.leaves.items()}
+        behind = {key: leaf for key, (leaf, _) in survey(tensors).leaves.items()}
+        leaves = own | beside | behind
+        foreign = self._foreign(leaves, set(own), hidden=bool(seen.opaque))
+        leaves |= foreign
+        gradients = FeatureGradients(
+            tensors,
+            seen,
+            by_weights=set(own) if self.options.scope == "all" else set(),
+            plain=leaves.keys() - own.keys(),
+        )
+        undo = Undo(leaves, self.order, self.method)
+        try:
+            undo.clear()
+            gradients.fill(losses, retain=retain)
+            gram, accuracy = gradients.gram()
+            gram = gram.to(losses[0].device, non_blocking=True)
+            weights = self.method.weights(
+                gram,
+                losses=self._loss_values(losses),
+                generator=self.order,
+                resolution=accuracy,
+            )
+            gradients.go_on(weights, retain=retain)
+            undo.add_earlier(foreign)
+        except BaseException:
+            undo.roll_back()
+            raise
+        self.last = SurgeryReport(names, gram, weights)
+        self._kept.take(names, weights)
+        self._operated = []
+        self.warn_without_gradient(not own.keys().isdisjoint(beside.keys() | behind.keys()))
+
+    def _refuse_with_features(self, accumulate: bool) -> None:
+        if accumulate or self._pending is not None:
+            raise ValueError(
+                "features cannot be combined with micro-batches (accumulate=True): the trunk waits "
+                "for weights that are known after the last of them"
+            )
+        if not self.options.whole:
+            raise ValueError("features needs granularity='model': it measures no parameters")
+        if self.options.metric != "euclidean":
+            raise ValueError("features needs metric='euclidean': it measures no parameters")
+        if any(hasattr(p, "device_mesh") for p in self.parameters()):
+            raise ValueError("features cannot be combined with fully_shard")
+
+    def _keep_weights(self, call: _Call, report: SurgeryReport | None) -> None:
+        """Note for `every` that a step was solved, or took what was kept."""
+        if call.accumulate:
+            return
+        if call.weights is None and report is not None:
+            self._kept.take(call.names, report.weights)
+        else:
+            self._kept.count()
+
+    def _loss_values(self, losses: Sequence[Tensor | None]) -> Tensor | None:
+        """The losses' values, [T] float64, for methods that read them; micro-batches add up."""
+        if not self.method.reads_losses:
+            return None
+        given = [loss for loss in losses if loss is not None]
+        values = torch.stack([loss.detach().to(given[0].device, torch.float64) for loss in given])
+        for ranks in self._meshes.values():
+            ranks.sum(values)
+            values /= ranks.size
+        return values if self._values is None else self._values + values
 
     def _backward_alone(
         self, names: tuple[str, ...], loss: Tensor, *, accumulate: bool, retain: bool
@@ -238,22 +416,102 @@ class Surgery:
                 reached[i] &= ~bit
 
     def _operate(
-        self, names: tuple[str, ...], reached: list[int], device: torch.device
-    ) -> SurgeryReport:
-        """Rows -> M -> w -> row 0 -> p.grad."""
+        self,
+        names: tuple[str, ...],
+        reached: list[int],
+        device: torch.device,
+        values: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> SurgeryReport | None:
+        """Rows -> M -> w -> the combined row -> p.grad; with weights that are known no M."""
         storage = self._gradients
-        least = 2 if self.scope == "shared" else 1
+        least = 2 if self.options.scope == "shared" else 1
         operated = [mask.bit_count() >= least for mask in reached]
-        gram, resolution = storage.gram(operated, device)
-        weights = self.method.weights(gram, generator=self.order, resolution=resolution)
-        storage.combine(operated, weights)
+        report = self.last
+        if weights is None:
+            report = self.solve(storage, operated, names, device, values)
+            weights = report.weights
+        self.combine(storage, operated, weights)
         for index, (p, mask) in enumerate(zip(storage.parameters, reached, strict=True)):
             if operated[index]:
-                p.grad = storage.publish(0, index)
+                p.grad = storage.publish(storage.combined, index)
             elif mask:
                 # A head: its own task's plain gradient.
                 p.grad = storage.publish(mask.bit_length() - 1, index)
-        return SurgeryReport(names, gram, weights)
+        self._operated = operated
+        return report
+
+    def solve(
+        self,
+        rows: TaskGradients | SpreadRows,
+        operated: list[bool],
+        names: tuple[str, ...],
+        device: torch.device,
+        values: Tensor | None,
+    ) -> SurgeryReport:
+        """Measure M and ask the method."""
+        if self.method.one_backward:
+            return self._ask(names, device, values)
+        layout, parts = self._layout(rows), self._part_names()
+        roots = None
+        if self.options.metric == "optimizer":
+            roots = roots_of(self.optimizer, layout, operated)
+        if self.options.whole and roots is None:
+            gram, resolution = rows.gram(operated, device)
+        else:
+            where = [parts.of(p) for p in layout.parameters]
+            number = max(len(parts.names), 1)
+            gram, resolution = rows.grams(operated, where, number, device, roots)
+            if self.options.whole:
+                gram = gram[0]
+        weights = self.method.weights(
+            gram, losses=values, generator=self.order, resolution=resolution
+        )
+        return SurgeryReport(names, gram, weights, parts.names)
+
+    def combine(
+        self, rows: TaskGradients | SpreadRows, operated: list[bool], weights: Tensor
+    ) -> None:
+        """The combined row becomes Gᵀw, each part with its own weights."""
+        if weights.dim() == 1:
+            rows.combine(operated, weights)
+            return
+        parts = self._part_names()
+        where = [parts.of(p) for p in self._layout(rows).parameters]
+        rows.combine_parts(operated, where, weights)
+
+    @staticmethod
+    def _layout(rows: TaskGradients | SpreadRows) -> TaskGradients:
+        return rows if isinstance(rows, TaskGradients) else rows.full
+
+    def _part_names(self) -> Parts:
+        """The parts of the model, as the optimizer's groups are now."""
+        parameters = self.parameters()
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        key = (*map(id, parameters), *sizes)
+        if self._parts is None or self._parts[0] != key:
+            self._parts = key, Parts(self.options, self.optimizer, parameters)
+        return self._parts[1]
+
+    def products(self, changes: Mapping[int, Tensor]) -> Tensor:
+        """g_t·change over the parameters that the last call operated on, [T] float64.
+
+        Args:
+            changes: id(parameter) -> a tensor of its shape.
+
+        Raises:
+            RuntimeError: the rows of the last call are not there: `keep_rows` was not set.
+        """
+        storage = self._gradients
+        if not storage.spare or not any(self._operated):
+            raise RuntimeError("set keep_rows before the call of backward")
+        given = [changes.get(id(p), p) for p in storage.parameters]
+        return storage.products(self._operated, given)
+
+    def operated(self) -> list[Tensor]:
+        """The parameters that the last call operated on."""
+        pairs = zip(self._gradients.parameters, self._operated, strict=False)
+        return [p for p, chosen in pairs if chosen]
 
     def read(
         self, losses: Losses, parameters: list[Tensor], *, absent: bool = False
@@ -291,7 +549,8 @@ class Surgery:
             "losses": list(names),
             "accumulate": accumulate,
             "method": repr(self.method),
-            "scope": self.scope,
+            **self.options.describe(),
+            "the steps since the last solve": self._kept.age,
             "the seed or state of the task order": fingerprint(
                 ctypes.string_at(order.data_ptr(), order.numel())
             ),
@@ -299,8 +558,8 @@ class Surgery:
 
     def choose(
         self, parameters: list[Tensor], masks: Mapping[int, int], opaque: int, *, gather: bool
-    ) -> tuple[list[Tensor], list[bool]]:
-        """Which parameters get rows, and which of these to lay side by side.
+    ) -> tuple[list[Tensor], list[int]]:
+        """Which parameters get rows, and in which order: those that share weights side by side.
 
         With scope="shared" a head needs no rows: autograd gives it its own task's gradient. It
         gets them where a micro-batch still to come, or a node that hides what it reaches, may
@@ -312,8 +571,9 @@ class Surgery:
             opaque: the tasks that may reach any parameter.
             gather: whether the next call adds to this one's rows, or this one to the last one's.
         """
-        needed = 1 if gather or self.scope == "all" else 2
-        waiting = self.waiting() if self._pending is not None else []
+        everything = self.options.scope == "all"
+        needed = 1 if gather or everything else 2
+        waiting = self.waiting() if self._rows_wait else []
         captured = {id(p): p for p in waiting}
         for p in parameters:
             if masks[id(p)].bit_count() >= needed or opaque:
@@ -321,8 +581,13 @@ class Surgery:
         # What an opaque node reached last time is the best guess at what it will reach now. A
         # wrong guess costs a few more calls of the kernels, never a wrong result.
         guesses = [masks.get(key, 0) | self._reach.get(key, opaque) for key in captured]
-        together = [self.scope == "all" or guess.bit_count() >= 2 for guess in guesses]
-        return list(captured.values()), together
+        parts = self._part_names()
+        last = max(len(parts.names), 1)
+        ranks = [
+            parts.of(p) if everything or guess.bit_count() >= 2 else last
+            for p, guess in zip(captured.values(), guesses, strict=True)
+        ]
+        return list(captured.values()), ranks
 
     def waiting(self) -> list[Tensor]:
         """The parameters whose rows hold micro-batches."""
@@ -371,6 +636,20 @@ class Surgery:
         if distributed.get_world_size() > 1 and not any(map(shard_groups, parameters)):
             look_for_wrappers(parameters, grouped=False)
             warn_alone()
+
+
+@dataclass
+class _Call:
+    """One call of `backward` with several losses."""
+
+    names: tuple[str, ...]
+    losses: list[Tensor]
+    seen: GraphSurvey
+    weights: Tensor | None
+    """Known beforehand, or to be found."""
+    values: Tensor | None
+    accumulate: bool
+    retain_graph: bool
 
 
 @contextmanager

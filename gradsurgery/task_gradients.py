@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.distributed import shard_groups, sum_over
-from gradsurgery.kernels import combine, gram, resolution
+from gradsurgery.kernels import combine, gram, resolution, spans
 
 __all__ = ["TaskGradients", "local_part"]
 
@@ -54,6 +54,7 @@ class TaskGradients:
         self.parameters: list[Tensor] = []
         self.parts = parts
         self.count = 0
+        self.spare = False
         self.buffers: list[Tensor] = []
         """One for each kind of parameter, [count, width]."""
         self._spread: list[tuple[object, ...]] = []
@@ -68,34 +69,36 @@ class TaskGradients:
         self,
         parameters: Sequence[Tensor],
         count: int,
-        together: Sequence[bool],
+        ranks: Sequence[int],
         *,
         keep: bool,
         clear: bool = True,
+        spare: bool = False,
     ) -> None:
         """Make room for `count` rows over `parameters`, all zero unless `keep`.
 
         Args:
             parameters: the parameters, any dtypes and devices.
             count: T.
-            together: for each parameter whether it should lie beside the others of its kind
-                that say so (so that surgery over them sees one contiguous piece).
+            ranks: for each parameter its place among those of its kind, in ascending order (so
+                that surgery over those of one rank sees one contiguous piece).
             keep: gradients that are here already stay: parameters may only be added.
             clear: False where every column will be written: what is here may stay.
+            spare: one more row for the combined gradient, so that all tasks' stay.
         """
         described = [
             (id(p), local_part(p).shape, local_part(p).stride(), p.dtype, p.device)
             for p in parameters
         ]
-        key = (count, *zip(described, together, strict=True))
+        key = (count, spare, *zip(described, ranks, strict=True))
         if keep and self._key:
             if key != self._key:
-                self._extend(parameters, count, together, key)
+                self._extend(parameters, count, ranks, key, spare)
             return
         if key != self._key or not self._is_free():
             # The old memory goes first, unless a gradient that somebody holds still needs it.
             self.release()
-            self._allocate(parameters, count, together, key)
+            self._allocate(parameters, count, ranks, key, spare)
             clear = True
         else:
             self._mend_views()
@@ -107,6 +110,11 @@ class TaskGradients:
         """Forget everything; memory stays alive only as far as others hold views of it."""
         self.__init__(self.parts)  # type: ignore[misc]
 
+    @property
+    def combined(self) -> int:
+        """The row that `combine` writes: row 0, or the spare one."""
+        return self.count if self.spare else 0
+
     def gram(self, chosen: Sequence[bool], device: torch.device) -> tuple[Tensor, float]:
         """M over the chosen parameters, [T, T] float64 on `device`, and its relative accuracy.
 
@@ -116,27 +124,104 @@ class TaskGradients:
         totals: dict[tuple[object, ...], Tensor | None] = dict.fromkeys(self._spread)
         accuracy = torch.finfo(torch.float64).eps
         for block, start, stop in self.spans(chosen):
-            segment, spread = self.buffers[block][:, start:stop], self._spread[block]
+            segment, spread = self.buffers[block][: self.count, start:stop], self._spread[block]
             part = gram(segment).to(device, non_blocking=True)
             # Nearly always there is one segment, and then nothing to add.
             before = totals[spread]
             totals[spread] = part if before is None else before.add_(part)
             accuracy = max(accuracy, resolution(segment))
-        total: Tensor | None = None
-        for spread, part_or_none in totals.items():
-            part = self._no_products(device) if part_or_none is None else part_or_none
-            sum_over(spread, part)
-            total = part if total is None else total.add_(part)
-        return self._no_products(device) if total is None else total, accuracy
+        shape = (self.count, self.count)
+        return _sum_spread(totals, torch.Size(shape), device), accuracy
 
-    def _no_products(self, device: torch.device) -> Tensor:
-        return torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
+    def grams(
+        self,
+        chosen: Sequence[bool],
+        parts: Sequence[int],
+        number: int,
+        device: torch.device,
+        roots: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, float]:
+        """M of each part of the chosen parameters, [number, T, T], and its relative accuracy.
+
+        Args:
+            chosen: for each parameter whether it takes part.
+            parts: for each parameter which part it is in.
+            number: of parts.
+            device: where the result is wanted.
+            roots: for each buffer one factor per column, that all its rows are multiplied by.
+        """
+        totals: dict[tuple[object, ...], Tensor | None] = dict.fromkeys(self._spread)
+        accuracy = torch.finfo(torch.float64).eps
+        for block, (bounds, where) in self.spans_of_parts(chosen, parts).items():
+            rows, spread = self.buffers[block][: self.count], self._spread[block]
+            found = spans.gram_spans(rows, bounds, None if roots is None else roots[block])
+            by_part = spans.sum_by_part(found, where, number).to(device, non_blocking=True)
+            before = totals[spread]
+            totals[spread] = by_part if before is None else before.add_(by_part)
+            accuracy = max(accuracy, spans.resolution(rows))
+        shape = (number, self.count, self.count)
+        return _sum_spread(totals, torch.Size(shape), device), accuracy
 
     def combine(self, chosen: Sequence[bool], weights: Tensor) -> None:
-        """Row 0 becomes g = Gᵀw over the chosen parameters."""
+        """Row `combined` becomes g = Gᵀw over the chosen parameters."""
         for block, start, stop in self.spans(chosen):
             segment = self.buffers[block][:, start:stop]
-            combine(segment, weights.to(segment.device, non_blocking=True), out=segment[0])
+            factors = weights.to(segment.device, non_blocking=True)
+            combine(segment[: self.count], factors, out=segment[self.combined])
+
+    def combine_parts(self, chosen: Sequence[bool], parts: Sequence[int], weights: Tensor) -> None:
+        """The same with the weights of each parameter's part, [number, T]."""
+        for block, (bounds, where) in self.spans_of_parts(chosen, parts).items():
+            buffer = self.buffers[block]
+            factors = spans.of_parts(weights.to(buffer.device, non_blocking=True), where)
+            spans.combine_spans(buffer[: self.count], factors, bounds, buffer[self.combined])
+
+    def products(self, chosen: Sequence[bool], changes: Sequence[Tensor]) -> Tensor:
+        """g_t·change over the chosen parameters, [T] float64; the rows must still be there."""
+        total: Tensor | None = None
+        flats = [torch.zeros_like(buffer[0]) for buffer in self.buffers]
+        pairs = [(i, change) for i, change in enumerate(changes) if chosen[i]]
+        if pairs:
+            views = [self.flat_view(flats, i) for i, _ in pairs]
+            torch._foreach_copy_(views, [local_part(change) for _, change in pairs])
+        for block, start, stop in self.spans(chosen):
+            both = torch.cat(
+                [self.buffers[block][: self.count, start:stop], flats[block][None, start:stop]]
+            )
+            part = gram(both)[-1, :-1]
+            sum_over(self._spread[block], part)
+            total = part if total is None else total + part.to(total.device)
+        return torch.zeros(self.count, dtype=torch.float64) if total is None else total
+
+    def flat_view(self, flats: Sequence[Tensor], index: int) -> Tensor:
+        """Where parameter `index` lies in memory that is like one row of every buffer."""
+        slot = self._slots[index]
+        return flats[slot.block].as_strided(slot.shape, slot.strides, slot.start)
+
+    def flat_view_real(self, flats: Sequence[Tensor], index: int) -> Tensor:
+        """The same in real memory, twice as long for complex parameters."""
+        slot = self._slots[index]
+        if not self.buffers[slot.block].is_complex():
+            return self.flat_view(flats, index)
+        strides = (*(2 * stride for stride in slot.strides), 1)
+        return flats[slot.block].as_strided((*slot.shape, 2), strides, 2 * slot.start)
+
+    def spans_of_parts(
+        self, chosen: Sequence[bool], parts: Sequence[int]
+    ) -> dict[int, tuple[list[tuple[int, int]], list[int]]]:
+        """Buffer -> the chosen parameters' columns, those of one part joined, and their parts."""
+        found: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        for slot, wanted, part in zip(self._slots, chosen, parts, strict=True):
+            if not wanted or slot.length == 0:
+                continue
+            bounds, where = found.setdefault(slot.block, ([], []))
+            stop = slot.start + slot.length
+            if bounds and bounds[-1][1] == slot.start and where[-1] == part:
+                bounds[-1] = (bounds[-1][0], stop)
+            else:
+                bounds.append((slot.start, stop))
+                where.append(part)
+        return found
 
     def view(self, task: int, index: int) -> Tensor:
         """Row `task` as the gradient of parameter `index`."""
@@ -176,8 +261,9 @@ class TaskGradients:
         self,
         parameters: Sequence[Tensor],
         count: int,
-        together: Sequence[bool],
+        ranks: Sequence[int],
         key: tuple[object, ...],
+        spare: bool,
     ) -> None:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, p in enumerate(parameters):
@@ -186,22 +272,23 @@ class TaskGradients:
         for block, ((dtype, device, spread), indices) in enumerate(kinds.items()):
             width = 0
             alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
-            for index in sorted(indices, key=lambda i: not together[i]):
+            for index in sorted(indices, key=lambda i: ranks[i]):
                 p = local_part(parameters[index])
                 length = -(-p.numel() // alignment) * alignment
                 strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
                 slots[index] = _Slot(block, width, length, p.shape, tuple(strides))
                 width += length
             width += -width % (alignment * self.parts)
-            self.buffers.append(torch.empty(count, width, dtype=dtype, device=device))
+            self.buffers.append(torch.empty(count + spare, width, dtype=dtype, device=device))
             self._spread.append(spread)
         # In the order of memory, so that neighbours in the list are neighbours in the buffer.
         order = sorted(slots, key=lambda i: (slots[i].block, slots[i].start))
         self.parameters = [parameters[i] for i in order]
         self._slots = [slots[i] for i in order]
-        self._views = [[self._make_view(t, i) for i in range(len(order))] for t in range(count)]
+        tasks = range(count + spare)
+        self._views = [[self._make_view(t, i) for i in range(len(order))] for t in tasks]
         self._places = [[_place(view) for view in row] for row in self._views]
-        self.count = count
+        self.count, self.spare = count, spare
         self._shares_at_rest = [_shares(buffer) for buffer in self.buffers]
         self._references_at_rest = max(max(_references(row), default=0) for row in self._views)
         self._key = key
@@ -218,8 +305,9 @@ class TaskGradients:
         self,
         parameters: Sequence[Tensor],
         count: int,
-        together: Sequence[bool],
+        ranks: Sequence[int],
         key: tuple[object, ...],
+        spare: bool,
     ) -> None:
         """A larger layout that starts with what the rows hold now. Rare: it copies."""
         tasks = range(count)
@@ -228,7 +316,7 @@ class TaskGradients:
             for i, p in enumerate(self.parameters)
         }
         self.release()
-        self._allocate(parameters, count, together, key)
+        self._allocate(parameters, count, ranks, key, spare)
         for buffer in self.buffers:
             buffer.zero_()
         for index, p in enumerate(self.parameters):
@@ -262,10 +350,24 @@ class TaskGradients:
             same_kind = view.dtype == self.buffers[slot.block].dtype and not view.requires_grad
             if not (same_form and same_kind):
                 self.replace_view(task, index)
-        for task in range(self.count):
+        for task in range(len(self._views)):
             for index in range(len(self.parameters)):
                 if not self.is_in_place(task, index):
                     self.replace_view(task, index)
+
+
+def _sum_spread(
+    totals: dict[tuple[object, ...], Tensor | None], shape: torch.Size, device: torch.device
+) -> Tensor:
+    """The sum over the ways to be spread, each summed over its processes."""
+    total: Tensor | None = None
+    for spread, part_or_none in totals.items():
+        part = part_or_none
+        if part is None:
+            part = torch.zeros(shape, dtype=torch.float64, device=device)
+        sum_over(spread, part)
+        total = part if total is None else total.add_(part)
+    return torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total
 
 
 def local_part(tensor: Tensor) -> Tensor:

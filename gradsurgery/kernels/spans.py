@@ -6,6 +6,7 @@ The number of operations grows with D and not with the number of spans.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from gradsurgery.kernels import native
 from gradsurgery.kernels._backend import choose
 from gradsurgery.kernels._dispatch import real_rows
 
-__all__ = ["combine_spans", "gram_spans", "resolution"]
+__all__ = ["combine_spans", "gram_spans", "of_parts", "resolution", "sum_by_part"]
 
 # Columns that a product takes at a time; TaskGradients begins every parameter at such a multiple.
 _UNIT_BYTES = 64
 # Numbers that the products of units may take up at a time.
 _PRODUCTS = 1 << 20
+# Numbers that are scaled at a time: on the CPU they stay in the cache.
+_SCALED = {True: 1 << 19, False: 1 << 24}
 
 
 @torch.library.custom_op("gradsurgery::gram_spans", mutates_args=())
@@ -63,14 +66,55 @@ def _(rows: Tensor, weights: Tensor, bounds: list[int], out: Tensor) -> None:
 
 
 @torch.no_grad()
-def gram_spans(gradients: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
+def gram_spans(
+    gradients: Tensor, bounds: Sequence[tuple[int, int]], roots: Tensor | None = None
+) -> Tensor:
     """M of each span: [T, D] and S spans [start, stop) -> [S, T, T] float64.
 
-    Spans are in ascending order and begin and end at multiples of 64 bytes.
+    Args:
+        gradients: [T, D].
+        bounds: ascending; each begins and ends at a multiple of 64 bytes.
+        roots: [D] (of complex rows [2 D], for real and imaginary parts), float32 or wider: a
+            factor for each column of all rows. M_ij is then Σ_d roots_d² g_id g_jd.
     """
+    rows, flat = _real(gradients, bounds)
     with torch.autocast(gradients.device.type, enabled=False):
-        found: Tensor = _gram(*_real(gradients, bounds))
+        found: Tensor = _gram(rows, flat) if roots is None else _gram_scaled(rows, flat, roots)
     return found
+
+
+def _gram_scaled(rows: Tensor, bounds: Sequence[int], roots: Tensor) -> Tensor:
+    """Pieces of the rows are scaled into scratch memory, and stay there for the product."""
+    count, unit = rows.shape[0], _UNIT_BYTES // rows.element_size()
+    totals = rows.new_zeros(len(bounds) // 2, count, count, dtype=torch.float64)
+    most = max(_SCALED[rows.device.type == "cpu"] // (count * unit), 1)
+    for first, lengths, start in _pieces(bounds, unit, most):
+        ends = [0, *accumulate(length * unit for length in lengths)]
+        columns = slice(start, start + ends[-1])
+        scaled = rows[:, columns].to(roots.dtype) * roots[columns]
+        inner = [end for pair in pairwise(ends) for end in pair]
+        totals[first : first + len(lengths)] += _gram(scaled, inner)
+    return totals
+
+
+def sum_by_part(found: Tensor, where: Sequence[int], number: int) -> Tensor:
+    """[S, ...] of spans, and the part of each -> [number, ...], in a fixed order."""
+    if list(where) == list(range(number)):
+        return found
+    order = sorted(range(len(where)), key=lambda span: where[span])
+    lengths = [0] * number
+    for part in where:
+        lengths[part] += 1
+    picked = found[torch.tensor(order).to(found.device, non_blocking=True)]
+    sizes = torch.tensor(lengths).to(found.device, non_blocking=True)
+    return torch.segment_reduce(picked, "sum", lengths=sizes, unsafe=True, initial=0)
+
+
+def of_parts(values: Tensor, where: Sequence[int]) -> Tensor:
+    """[parts, ...] -> [S, ...]: what belongs to each span's part."""
+    if list(where) == list(range(len(values))):
+        return values
+    return values[torch.tensor(where).to(values.device, non_blocking=True)]
 
 
 @torch.no_grad()
@@ -100,7 +144,7 @@ def _real(gradients: Tensor, bounds: Sequence[tuple[int, int]]) -> tuple[Tensor,
 
 
 def _tiles(rows: Tensor, bounds: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The spans in pieces that fit into the cache.
+    """The spans in pieces whose products stay small.
 
     Yields:
         The first span of the piece; [spans] int64 on the rows' device, the number of units of each
@@ -108,27 +152,32 @@ def _tiles(rows: Tensor, bounds: Sequence[int]) -> Iterator[tuple[int, Tensor, T
     """
     count, unit = rows.shape[0], _UNIT_BYTES // rows.element_size()
     most = max(_PRODUCTS // max(count * count, count * unit), 1)
-    first, start = 0, 0
-    lengths: list[int] = []
-    pieces: list[tuple[int, list[int], int]] = []
-    for span in range(len(bounds) // 2):
-        begin, stop = bounds[2 * span], bounds[2 * span + 1]
-        while begin < stop:
-            full = sum(lengths) >= most
-            gap = lengths and begin != start + sum(lengths) * unit
-            if full or gap:
-                pieces.append((first, lengths, start))
-                lengths = []
-            if not lengths:
-                first, start = span, begin
-            taken = min((stop - begin) // unit, most - sum(lengths))
-            lengths = [*lengths, *[0] * (span - first - len(lengths)), taken]
-            begin += taken * unit
-    if lengths:
-        pieces.append((first, lengths, start))
     along, across = rows.stride(1), rows.stride(0)
-    for first, lengths, start in pieces:
+    for first, lengths, start in _pieces(bounds, unit, most):
         offset = rows.storage_offset() + start * along
         shape, strides = (sum(lengths), count, unit), (unit * along, across, along)
         sizes = torch.tensor(lengths).to(rows.device, non_blocking=True)
         yield first, sizes, rows.as_strided(shape, strides, offset)
+
+
+def _pieces(bounds: Sequence[int], unit: int, most: int) -> Iterator[tuple[int, list[int], int]]:
+    """Neighbouring spans together, up to `most` units; longer ones cut.
+
+    Yields:
+        The first span, how many units of it and of those that follow it, and the first column.
+    """
+    first, start, held = 0, 0, 0
+    lengths: list[int] = []
+    for span in range(len(bounds) // 2):
+        begin, stop = bounds[2 * span], bounds[2 * span + 1]
+        while begin < stop:
+            if lengths and (held >= most or begin != start + held * unit):
+                yield first, lengths, start
+                lengths, held = [], 0
+            if not lengths:
+                first, start = span, begin
+            taken = min((stop - begin) // unit, most - held)
+            lengths = [*lengths, *[0] * (span - first - len(lengths)), taken]
+            begin, held = begin + taken * unit, held + taken
+    if lengths:
+        yield first, lengths, start

@@ -331,11 +331,11 @@ def test_an_error_inside_autograd(fault: str, waiting: bool) -> None:
     assert all(torch.isfinite(p.grad).all() for p in run.model.parameters() if p.grad is not None)
 
 
-def test_planned_arguments_of_backward() -> None:
-    """`features` is refused by name, and nothing is changed."""
+def test_features_that_no_loss_has() -> None:
+    """Refused by name, and nothing is changed."""
     run = Situation(waiting=True)
     losses = run.model.losses(batch(3))
-    with pytest.raises(NotImplementedError, match="features"):
+    with pytest.raises(ValueError, match="features"):
         run.optimizer.backward(losses, features=torch.ones(2))
     run.assert_untouched()
     assert_same(run.finish(), untroubled(waiting=True))
@@ -357,20 +357,19 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "seed string": ({"seed": "0"}, TypeError, ["seed", "'0'"]),
     "seed None": ({"seed": None}, TypeError, ["seed", "None"]),
     "seed too large": ({"seed": 1 << 70}, ValueError, ["seed", str(1 << 70)]),
-    "granularity": (
-        {"granularity": "group"},
-        NotImplementedError,
-        ["granularity", "'group'", "'model'"],
+    "granularity": ({"granularity": "layer"}, ValueError, ["granularity", "'layer'", "'group'"]),
+    "granularity empty": ({"granularity": {}}, ValueError, ["granularity", "empty"]),
+    "granularity of numbers": ({"granularity": {"a": 3}}, TypeError, ["must be a module", "int"]),
+    "granularity rest": ({"granularity": {"rest": []}}, ValueError, ["granularity", "'rest'"]),
+    "every and granularity": (
+        {"every": 2, "granularity": "group"},
+        ValueError,
+        ["every=2", "granularity"],
     ),
-    "granularity parameter": (
-        {"granularity": "parameter"},
-        NotImplementedError,
-        ["granularity", "'parameter'"],
-    ),
-    "every": ({"every": 2}, NotImplementedError, ["every", "2", "1"]),
+    "every string": ({"every": "2"}, TypeError, ["every", "'2'"]),
     "every True": ({"every": True}, TypeError, ["every", "True"]),
     "every 0": ({"every": 0}, ValueError, ["every", "0"]),
-    "metric": ({"metric": "optimizer"}, NotImplementedError, ["metric", "'optimizer'"]),
+    "metric": ({"metric": "adam"}, ValueError, ["metric", "'adam'", "'optimizer'"]),
     "process_group": ({"process_group": "world"}, TypeError, ["process_group", "'world'"]),
 }
 

@@ -210,7 +210,7 @@ def test_invariant_4_nothing_waits_on_fake_cuda(method: str, tasks: int) -> None
         plugin = AdaptiveGradientSurgery(torch.optim.SGD(parameters, lr=0.1), method)
         surgery = plugin._surgery
         for _ in range(2):
-            surgery._gradients.arrange(parameters, tasks, [True] * 3, keep=False)
+            surgery._gradients.arrange(parameters, tasks, [0] * 3, keep=False)
             names = tuple(map(str, range(tasks)))
             with recorded() as ours:
                 surgery._operate(names, [(1 << tasks) - 1] * 3, torch.device("cuda"))
@@ -252,7 +252,7 @@ def test_invariant_5_the_same_calls_on_fake_cuda(method: str) -> None:
             plugin = AdaptiveGradientSurgery(torch.optim.SGD(parameters, lr=0.1), method)
             surgery = plugin._surgery
             for _ in range(2):
-                surgery._gradients.arrange(parameters, rows, [True] * count, keep=False)
+                surgery._gradients.arrange(parameters, rows, [0] * count, keep=False)
                 names = tuple(map(str, range(rows)))
                 with recorded() as ours:
                     surgery._operate(names, [(1 << rows) - 1] * count, torch.device("cuda"))

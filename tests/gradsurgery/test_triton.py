@@ -223,7 +223,7 @@ def test_at_most_eight_launches_between_backward_and_step(
     plugin = AdaptiveGradientSurgery(torch.optim.SGD(parameters, lr=0.1), name)
     surgery = plugin._surgery
     for _ in range(2):
-        surgery._gradients.arrange(parameters, tasks, [True] * 20, keep=False)
+        surgery._gradients.arrange(parameters, tasks, [0] * 20, keep=False)
         launched.clear()
         moved.clear()
         with Watch():
