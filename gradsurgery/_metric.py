@@ -30,7 +30,7 @@ def _adam(views: list[Tensor], states: list[_State], group: _Group) -> None:
 def _radam(views: list[Tensor], states: list[_State], group: _Group) -> None:
     """As Adam (the rectification is a common factor); 1 while it takes no account of v."""
     _adam(views, states, group)
-    step, beta2 = torch.as_tensor(states[0]["step"]), group["betas"][1]
+    step, beta2 = torch.as_tensor(states[0]["step"], dtype=torch.float64), group["betas"][1]
     most = 2 / (1 - beta2) - 1
     known = most - 2 * step * beta2**step / (1 - beta2**step) > 5.0
     torch._foreach_sub_(views, 1.0)
@@ -71,7 +71,9 @@ def _divide(views: list[Tensor], by: Tensor) -> None:
 
 def _correction(states: list[_State], group: _Group) -> Tensor:
     """1 - β₂^t, of the group's first parameter: they all began together."""
-    correction: Tensor = 1 - group["betas"][1] ** torch.as_tensor(states[0]["step"])
+    correction: Tensor = 1 - group["betas"][1] ** torch.as_tensor(
+        states[0]["step"], dtype=torch.float64
+    )
     return correction
 
 

@@ -602,7 +602,8 @@ class Surgery:
                 f"{', '.join(self._pending)} are waiting: micro-batches of one step have the "
                 "same tasks; zero_grad() drops those that wait"
             )
-        self.method.check(torch.Size([len(names)]))
+        parts = 0 if self.method.one_backward else len(self._part_names().names)
+        self.method.check(torch.Size([parts, len(names)] if parts else [len(names)]))
 
     def _foreign(
         self, leaves: dict[int, Tensor], own: set[int], *, hidden: bool
