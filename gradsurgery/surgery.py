@@ -191,9 +191,11 @@ class Surgery:
         leaves |= foreign
         plain: list[Tensor] = []
         weighted: list[Tensor] = []
+        # fully_shard's graph shows other leaves than the parameters held here.
+        visible = not any(hasattr(p, "device_mesh") for p in parameters)
         for key, (leaf, mask) in seen.leaves.items():
             head = self.options.scope == "shared" and mask.bit_count() == 1
-            (plain if key not in own or head else weighted).append(leaf)
+            (plain if visible and (key not in own or head) else weighted).append(leaf)
         undo = Undo(leaves, self.order, self.method)
         report = self.last
         try:

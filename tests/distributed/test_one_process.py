@@ -35,7 +35,26 @@ FULLY_SHARD = [
     Setting("fully_shard blocks", scaler=True, clip=True),
     Setting("fully_shard blocks", checkpointed=True),
 ]
+LESS_WORK = [
+    Setting("bare", every=3),
+    Setting("ddp", every=4, micro_batches=2, scope="all"),
+    Setting("fully_shard blocks", every=3),
+    Setting("fully_shard root", every=3, scope="all"),
+    Setting("bare", "from_losses"),
+    Setting("ddp find_unused", "from_losses", micro_batches=2, scope="all"),
+    Setting("fully_shard root", "from_losses"),
+    Setting("fully_shard blocks", "from_losses", scope="all"),
+]
+PARTS = [
+    Setting("bare", granularity="parameter"),
+    Setting("ddp", "gradvac", granularity="group", micro_batches=2),
+    Setting("fully_shard blocks", granularity="parameter"),
+    Setting("bare", metric="optimizer"),
+    Setting("ddp", granularity="parameter", metric="optimizer"),
+    Setting("fully_shard root", metric="optimizer", scope="all"),
+]
 ON_FOUR = [
+    Setting("bare", granularity="parameter", metric="optimizer"),
     Setting("bare"),
     Setting("ddp find_unused", micro_batches=2),
     Setting("fully_shard blocks"),
@@ -83,6 +102,13 @@ def test_data_parallel(
 
 @pytest.mark.parametrize("setting", FULLY_SHARD, ids=str)
 def test_fully_shard(
+    two: Processes, setting: Setting, record_distance: Callable[[float], None]
+) -> None:
+    check(two, setting, record_distance)
+
+
+@pytest.mark.parametrize("setting", LESS_WORK + PARTS, ids=str)
+def test_less_work_and_finer_surgery(
     two: Processes, setting: Setting, record_distance: Callable[[float], None]
 ) -> None:
     check(two, setting, record_distance)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gradsurgery import AdaptiveGradientSurgery
+from gradsurgery.methods import Method
 
 SAMPLES = 16
 STEPS = 10
@@ -56,6 +57,25 @@ class Network(nn.Module):
         ]
 
 
+class FromLosses(Method):
+    """w_t = the share of loss t: one backward pass, of losses that must be those of all ranks."""
+
+    name = "from_losses"
+    reads_gram = False
+    reads_losses = True
+    one_backward = True
+
+    def _solve(
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
+    ) -> Tensor:
+        assert losses is not None
+        return 3 * losses / losses.sum()
+
+
 @dataclass(frozen=True)
 class Setting:
     """How to train; `how` is "bare", a key of DDP, or one of fully_shard's forms."""
@@ -72,11 +92,17 @@ class Setting:
     freeze_unused: bool = False
     checkpointed: bool = False
     compiled: bool = False
+    granularity: str = "model"
+    every: int = 1
+    metric: str = "euclidean"
 
     def __str__(self) -> str:
         extras = [name for name in FLAGS if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         words = [self.how, self.method, f"T={self.tasks}", self.scope, dtype, *extras]
+        words += [f"every={self.every}"] * (self.every > 1)
+        words += [self.granularity] * (self.granularity != "model")
+        words += [f"metric={self.metric}"] * (self.metric != "euclidean")
         return " ".join(words) + (f" micro={self.micro_batches}" if self.micro_batches > 1 else "")
 
 
@@ -113,7 +139,14 @@ def make(setting: Setting, seed: int = 0) -> tuple[nn.Module, nn.Module, Adaptiv
     model, group = wrap(network, setting.how)
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
     optimizer = AdaptiveGradientSurgery(
-        base, setting.method, scope=setting.scope, process_group=group, seed=seed
+        base,
+        FromLosses() if setting.method == FromLosses.name else setting.method,
+        scope=setting.scope,
+        granularity=setting.granularity,
+        every=setting.every,
+        metric=setting.metric,
+        process_group=group,
+        seed=seed,
     )
     return network, model, optimizer
 
