@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import (
     estimate,
+    less_work,
     memory,
     overhead,
     peers,
@@ -20,6 +21,7 @@ from benchmarks import (
     processes,
     projection,
     scaling,
+    solvers,
     step,
     table,
 )
@@ -123,6 +125,32 @@ COMMANDS = {
             "rounds": 3,
         },
     ),
+    "solvers": Command(
+        solvers.run,
+        "the T x T step of every method, beside TorchJD's",
+        {"tasks": [2, 8, 16, 40, 64], "rounds": 31},
+        {"tasks": [2, 8], "rounds": 3},
+    ),
+    "less_work": Command(
+        less_work.run,
+        "what every=k and features= save on a shared trunk",
+        {
+            "models": ["resnet18"],
+            "tasks": [2, 4, 8],
+            "every": [1, 4, 16],
+            "batch": 32,
+            "pixels": 64,
+            "rounds": 7,
+        },
+        {
+            "models": ["mlp"],
+            "tasks": [2],
+            "every": [1, 2],
+            "batch": 8,
+            "pixels": 32,
+            "rounds": 2,
+        },
+    ),
     "processes": Command(
         processes.run,
         "bytes and time of a step in many processes",
@@ -169,6 +197,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "ranks": _numbers,
     "side": _number,
     "tasks": _numbers,
+    "every": _numbers,
     "step_tasks": _numbers,
     "width": _number,
     "widths": _numbers,
