@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery._features import FeatureGradients, add_to_grad, check_features
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery._losses import Losses
 from gradsurgery._options import Options
@@ -19,6 +20,7 @@ from gradsurgery._parameters import (
     check_replicated,
     name_of,
     refuse_inner_backward,
+    sparse_error,
 )
 from gradsurgery._rows_by_grad import fill_views
 from gradsurgery._spread_rows import SpreadRows
@@ -80,21 +82,21 @@ class DataParallelSurgery(Surgery):
         self, losses: Losses, *, accumulate: bool, retain_graph: bool, features: Any = None
     ) -> None:
         """See `AdaptiveGradientSurgery.backward`."""
-        if features is not None:
-            raise ValueError("features cannot be combined with process_group")
         if not self._ranks.in_step:
             raise RuntimeError(
                 "a collective of this process group failed earlier, so the ranks are out of step: "
                 "start again from a checkpoint"
             )
         parameters = self.parameters()
-        plan = self._agree(parameters, losses, accumulate)
+        plan = self._agree(parameters, losses, accumulate, features)
         weights = self._adding if self._pending is not None else self._kept.get(plan.names)
         asked = self.method.one_backward and self._pending is None
         visible = self.options.scope == "all" or not plan.opaque
         known = (weights is not None or asked) and visible and not self._rows_wait
         values = self._loss_values(plan.losses)
-        if known and len(plan.names) > 1:
+        if plan.features and not known:
+            self._by_features(parameters, plan, values, retain_graph)
+        elif known and len(plan.names) > 1:
             self._by_weights(parameters, plan, weights, values, accumulate, retain_graph)
         else:
             self._by_rows(parameters, plan, weights, values, accumulate, retain_graph)
@@ -151,15 +153,8 @@ class DataParallelSurgery(Surgery):
     ) -> None:
         """Weights are known beforehand: one backward, one row to average."""
         add = self._pending is not None
-        masks = {id(p): mask for p, mask in zip(parameters, plan.reach, strict=True)}
-        waiting = self._single.full.parameters if add else []
-        held = {id(p): p for p in waiting}
-        held |= {id(p): p for p in parameters if masks[id(p)] or plan.opaque}
-        self._pending = None
-        self._single.arrange(list(held.values()), 1, 1, [0] * len(held), keep=add)
-        targets = self._single.full.parameters
-        before = self._reach if add else {}
-        call = _Call(targets, [before.get(id(p), 0) for p in targets], self._inputs(plan, masks))
+        call = self._arrange_single(parameters, plan, add=add)
+        targets = call.targets
         undo = self._undo(parameters, call)
         report = self.last
         try:
@@ -174,11 +169,7 @@ class DataParallelSurgery(Surgery):
                 failure = error
             self._settle(call, failure, [] if accumulate else [self._single])
             if not accumulate:
-                for arrived in self._single.gather():
-                    arrived()
-                for i, (p, mask) in enumerate(zip(targets, call.reached, strict=True)):
-                    if mask:
-                        p.grad = self._single.full.publish(0, i)
+                self._publish_single(call)
             undo.add_earlier()
         except BaseException:
             undo.roll_back()
@@ -190,19 +181,110 @@ class DataParallelSurgery(Surgery):
             self._kept.count()
         self.warn_without_gradient(any(plan.reach) or any(call.reached))
 
+    def _by_features(
+        self, parameters: list[Tensor], plan: _Plan, values: Tensor | None, retain: bool
+    ) -> None:
+        """Surgery on the gradients at a shared representation of all ranks' samples."""
+        call = self._arrange_single(parameters, plan, add=False)
+        undo = self._undo(parameters, call)
+        index = {id(p): i for i, p in enumerate(call.targets)}
+        views = [self._single.full.view(0, i) for i in range(len(call.targets))]
+
+        def add(leaf: Tensor, gradient: Tensor) -> None:
+            i = index.get(id(leaf))
+            if i is None:
+                add_to_grad(leaf, gradient)
+                return
+            if gradient.layout != torch.strided:
+                raise sparse_error(leaf, self.optimizer)
+            views[i].add_(gradient)
+            call.reached[i] |= plan.reach_of[id(leaf)]
+
+        own = set(map(id, parameters))
+        gradients = FeatureGradients(
+            plan.features,
+            plan.near,
+            by_weights=own if self.options.scope == "all" else set(),
+            plain=plan.seen.leaves.keys() - own,
+            add=add,
+        )
+        device = call.targets[0].device if call.targets else torch.device("cpu")
+        try:
+            undo.clear()
+            failure: BaseException | None = None
+            try:
+                gradients.fill(plan.losses, retain=retain)
+            except BaseException as error:
+                failure = error
+            self._agree_so_far(failure)
+            gram, accuracy = gradients.gram(len(plan.names), device)
+            self._ranks.sum(gram)
+            # Each rank's loss is a mean of its own samples, of which the whole has R times as many.
+            gram /= self._ranks.size**2
+            weights = self.method.weights(
+                gram, losses=values, generator=self.order, resolution=accuracy
+            )
+            try:
+                tensors, factors = gradients.weigh(weights)
+                behind = {i: (p, views[i]) for i, p in enumerate(call.targets)}
+                if tensors:
+                    found = fill_views(
+                        tensors, factors, behind, call.inputs, self.optimizer, keep=retain, add=True
+                    )
+                    for i in found:
+                        call.reached[i] |= plan.reach_of[id(call.targets[i])]
+                refuse_inner_backward(parameters)
+            except BaseException as error:
+                failure = error
+            self._settle(call, failure, [self._single])
+            self._publish_single(call)
+            undo.add_earlier()
+        except BaseException:
+            undo.roll_back()
+            raise
+        self.last = SurgeryReport(plan.names, gram, weights)
+        self._kept.take(plan.names, weights)
+        self.warn_without_gradient(any(plan.reach) or any(call.reached))
+
+    def _agree_so_far(self, failure: BaseException | None) -> None:
+        """Raise on all ranks what went wrong on one."""
+        text = f"{type(failure).__name__}: {failure}" if failure else None
+        said = self._ranks.exchange((text, {}))
+        if failure is not None:
+            raise failure
+        self._ranks.compare(said)
+
+    def _arrange_single(self, parameters: list[Tensor], plan: _Plan, *, add: bool) -> _Call:
+        """One row over everything that the tasks reach on any rank."""
+        waiting = self._single.full.parameters if add else []
+        held = {id(p): p for p in waiting}
+        held |= {id(p): p for p in parameters if plan.reach_of[id(p)] or plan.opaque}
+        self._pending = None
+        self._single.arrange(list(held.values()), 1, 1, [0] * len(held), keep=add)
+        targets = self._single.full.parameters
+        before = self._reach if add else {}
+        reached = [before.get(id(p), 0) for p in targets]
+        return _Call(targets, reached, self._inputs(plan, plan.reach_of))
+
+    def _publish_single(self, call: _Call) -> None:
+        for arrived in self._single.gather():
+            arrived()
+        for i, (p, mask) in enumerate(zip(call.targets, call.reached, strict=True)):
+            if mask:
+                p.grad = self._single.full.publish(0, i)
+
     def _fill_weighted(
         self, call: _Call, plan: _Plan, weights: Tensor, *, retain: bool, add: bool
     ) -> None:
         """This rank's gradient of Σ_t w_t L_t into the single row; a head's without the weight."""
         given = [(t, loss) for t, loss in enumerate(plan.losses) if loss is not None]
         views = [self._single.full.view(0, i) for i in range(len(call.targets))]
-        reach = dict(zip(map(id, self.parameters()), plan.reach, strict=True))
         plain: dict[int, tuple[Tensor, Tensor]] = {}
         weighted: dict[int, tuple[Tensor, Tensor]] = {}
         for i, (p, view) in enumerate(zip(call.targets, views, strict=True)):
             if plan.seen.complete and not plan.seen.tasks_of(p):
                 continue
-            head = self.options.scope == "shared" and reach.get(id(p), 0).bit_count() == 1
+            head = self.options.scope == "shared" and plan.reach_of.get(id(p), 0).bit_count() == 1
             (plain if head else weighted)[i] = (p, view)
         reached: set[int] = set()
         losses = [loss for _, loss in given]
@@ -245,7 +327,9 @@ class DataParallelSurgery(Surgery):
         """Not here: no rank holds a task's whole gradient."""
         raise RuntimeError("with a process_group the tasks' gradients do not outlive backward")
 
-    def _agree(self, parameters: list[Tensor], losses: Losses, accumulate: bool) -> _Plan:
+    def _agree(
+        self, parameters: list[Tensor], losses: Losses, accumulate: bool, features: Any
+    ) -> _Plan:
         """What all ranks are going to do; raises on all of them where they do not fit together."""
         ids = tuple(map(id, parameters))
         is_new = ids != self._known[0]
@@ -253,6 +337,8 @@ class DataParallelSurgery(Surgery):
         seen = GraphSurvey(retain=[])
         names: tuple[str, ...] = ()
         tensors: list[Tensor | None] = []
+        points: list[Tensor] = []
+        near = seen
         try:
             if is_new:
                 look_for_wrappers(parameters, grouped=True)
@@ -260,12 +346,18 @@ class DataParallelSurgery(Surgery):
             seen = survey(tensors)
             check_parameters(self.optimizer, parameters, seen)
             check_replicated(self.optimizer, parameters, seen, self.others())
+            if features is not None and len(names) > 1:
+                self._refuse_with_features(accumulate)
+                points, near = check_features(features, tensors)
         except Exception as error:
             failure = error
         if is_new:
             described = "; ".join(self._describe(parameters))
             self._known = ids, fingerprint(described.encode())
-        settings = self.settings(names, accumulate) | {"parameters": self._known[1]}
+        settings = self.settings(names, accumulate) | {
+            "parameters": self._known[1],
+            "features": features is not None,
+        }
         known = self._known
         reach = tuple(seen.tasks_of(p) for p in parameters)
         error_text = f"{type(failure).__name__}: {failure}" if failure else None
@@ -286,8 +378,9 @@ class DataParallelSurgery(Surgery):
             self._ranks.check_values(parameters, names_of)
             self._known = known
         together = [reduce(or_, masks) for masks in zip(*(each[2] for each in said), strict=True)]
+        reach_of = dict(zip(ids, together, strict=True))
         opaque = reduce(or_, (each[3] for each in said))
-        return _Plan(names, tensors, seen, together, opaque)
+        return _Plan(names, tensors, seen, together, reach_of, opaque, points, near)
 
     def _arrange(self, parameters: list[Tensor], plan: _Plan, *, accumulate: bool) -> _Call:
         """Room for what the tasks reach on any rank."""
@@ -296,7 +389,7 @@ class DataParallelSurgery(Surgery):
         count = len(plan.names)
         captured: list[Tensor] = []
         ranks: list[int] = []
-        masks = {id(p): mask for p, mask in zip(parameters, plan.reach, strict=True)}
+        masks = plan.reach_of
         if count > 1:
             captured, ranks = self.choose(parameters, masks, plan.opaque, gather=waits)
         self._pending, self._rows_wait = None, False
@@ -460,7 +553,12 @@ class _Plan:
     seen: GraphSurvey
     reach: list[int]
     """For each parameter the tasks that reach it on any rank, bit t for task t."""
+    reach_of: dict[int, int]
+    """The same, by id."""
     opaque: int
+    features: list[Tensor]
+    near: GraphSurvey
+    """The graph between losses and features, where there are any."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery.kernels import combine, gram, resolution
 
-__all__ = ["FeatureGradients", "check_features"]
+__all__ = ["FeatureGradients", "add_to_grad", "check_features"]
 
 
-def check_features(features: object, losses: Sequence[Tensor]) -> tuple[list[Tensor], GraphSurvey]:
+def check_features(
+    features: object, losses: Sequence[Tensor | None]
+) -> tuple[list[Tensor], GraphSurvey]:
     """The features, and the part of the graph between them and the losses.
 
     Raises:
@@ -49,7 +51,7 @@ def check_features(features: object, losses: Sequence[Tensor]) -> tuple[list[Ten
     seen = survey(losses, stops=tensors)
     if not seen.complete:
         raise ValueError("features needs a graph whose depth stays below 10,000 nodes")
-    if not seen.stopped:
+    if not seen.stopped and any(loss is not None for loss in losses):
         raise ValueError(
             "no loss depends on features: pass the very tensor that the heads were called with"
         )
@@ -64,6 +66,7 @@ class FeatureGradients:
         seen: the graph between losses and features.
         by_weights: ids of leaves that get Σ_t w_t g_t even if one task alone reaches them.
         plain: ids of leaves that get Σ_t g_t whatever reaches them.
+        add: takes a leaf's gradient; it may come several times for one leaf.
     """
 
     def __init__(
@@ -73,20 +76,23 @@ class FeatureGradients:
         *,
         by_weights: set[int],
         plain: set[int],
+        add: Callable[[Tensor, Tensor], None],
     ) -> None:
         self._features = [(i, z) for i, z in enumerate(features) if i in seen.stopped]
         self._masks = [seen.stopped[i] for i, _ in self._features]
         self._seen = seen
-        self._by_weights, self._plain = by_weights, plain
+        self._by_weights, self._plain, self._add = by_weights, plain, add
         self._rows: list[Tensor] = []
         self._beside: dict[int, list[tuple[int, Tensor]]] = {}
 
-    def fill(self, losses: Sequence[Tensor], *, retain: bool) -> None:
-        """One pass per task, down to the features; a head's gradient goes to its p.grad."""
+    def fill(self, losses: Sequence[Tensor | None], *, retain: bool) -> None:
+        """One pass per task, down to the features; a head's gradient is added at once."""
         tensors = [z for _, z in self._features]
         # Zero where a task does not come by.
         self._rows = [z.new_zeros((len(losses), z.numel())) for z in tensors]
         for task, loss in enumerate(losses):
+            if loss is None:
+                continue
             leaves = [leaf for leaf, mask in self._seen.leaves.values() if mask >> task & 1]
             found = torch.autograd.grad(
                 loss,
@@ -103,25 +109,21 @@ class FeatureGradients:
                 if self._waits(leaf):
                     self._beside.setdefault(id(leaf), []).append((task, gradient))
                 else:
-                    _accumulate(leaf, gradient)
+                    self._add(leaf, gradient)
 
-    def gram(self) -> tuple[Tensor, float]:
+    def gram(self, count: int, device: torch.device) -> tuple[Tensor, float]:
         """M over the features that two or more tasks depend on, and its relative accuracy."""
-        total: Tensor | None = None
+        total = torch.zeros(count, count, dtype=torch.float64, device=device)
         accuracy = torch.finfo(torch.float64).eps
         for rows, mask in zip(self._rows, self._masks, strict=True):
             if mask.bit_count() < 2:
                 continue
-            part = gram(rows)
-            total = part if total is None else total + part.to(total.device, non_blocking=True)
+            total += gram(rows).to(device, non_blocking=True)
             accuracy = max(accuracy, resolution(rows))
-        if total is None:
-            count = len(self._rows[0])
-            total = torch.zeros(count, count, dtype=torch.float64, device=self._rows[0].device)
         return total, accuracy
 
-    def go_on(self, weights: Tensor, *, retain: bool) -> None:
-        """The weighted gradient through the trunk, in one pass, and into leaves beside it."""
+    def weigh(self, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The features and their weighted gradients, to go on with; leaves beside get theirs."""
         combined = []
         for (_, z), rows, mask in zip(self._features, self._rows, self._masks, strict=True):
             if mask.bit_count() < 2:
@@ -134,8 +136,8 @@ class FeatureGradients:
             leaf = self._seen.leaves[key][0]
             for task, gradient in terms:
                 factor = weights[task].to(gradient.device, gradient.dtype, non_blocking=True)
-                _accumulate(leaf, gradient * factor)
-        torch.autograd.backward([z for _, z in self._features], combined, retain_graph=retain)
+                self._add(leaf, gradient * factor)
+        return [z for _, z in self._features], combined
 
     def _waits(self, leaf: Tensor) -> bool:
         if id(leaf) in self._plain:
@@ -144,7 +146,8 @@ class FeatureGradients:
         return shared or id(leaf) in self._by_weights
 
 
-def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
+def add_to_grad(leaf: Tensor, gradient: Tensor) -> None:
+    """As autograd does at a leaf, its hooks included."""
     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
     hooks: Any = leaf._post_accumulate_grad_hooks
     for hook in list(hooks.values()) if hooks else ():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery._features import FeatureGradients, check_features
+from gradsurgery._features import FeatureGradients, add_to_grad, check_features
 from gradsurgery._graph import GraphSurvey, survey
 from gradsurgery._kept import KeptWeights
 from gradsurgery._losses import Losses, read_losses
@@ -306,20 +306,21 @@ class Surgery:
             seen,
             by_weights=set(own) if self.options.scope == "all" else set(),
             plain=leaves.keys() - own.keys(),
+            add=add_to_grad,
         )
         undo = Undo(leaves, self.order, self.method)
         try:
             undo.clear()
             gradients.fill(losses, retain=retain)
-            gram, accuracy = gradients.gram()
-            gram = gram.to(losses[0].device, non_blocking=True)
+            gram, accuracy = gradients.gram(len(losses), losses[0].device)
             weights = self.method.weights(
                 gram,
                 losses=self._loss_values(losses),
                 generator=self.order,
                 resolution=accuracy,
             )
-            gradients.go_on(weights, retain=retain)
+            behind_them, factors = gradients.weigh(weights)
+            torch.autograd.backward(behind_them, factors, retain_graph=retain)
             undo.add_earlier(foreign)
         except BaseException:
             undo.roll_back()

@@ -20,7 +20,7 @@ from gradsurgery.methods import Method
 
 SAMPLES = 16
 STEPS = 10
-FLAGS = ("autocast", "scaler", "clip", "checkpointed", "compiled")
+FLAGS = ("autocast", "scaler", "clip", "checkpointed", "compiled", "features")
 DDP = {
     "ddp": {},
     "ddp find_unused": {"find_unused_parameters": True},
@@ -42,6 +42,7 @@ class Network(nn.Module):
             self.heads = nn.ModuleList(nn.Linear(5, width) for width in (3, 1, 2))
             self.unused = nn.Linear(2, 2)
         self.trunk: Any = self.features
+        self.seen: Tensor | None = None
         self.to(dtype)
 
     def features(self, x: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = self.trunk(x)
+        self.seen = features
         first, second, third = (head(features) for head in self.heads)
         return [
             first.float().square().mean(),
@@ -95,6 +97,7 @@ class Setting:
     granularity: str = "model"
     every: int = 1
     metric: str = "euclidean"
+    features: bool = False
 
     def __str__(self) -> str:
         extras = [name for name in FLAGS if getattr(self, name)]
@@ -176,7 +179,8 @@ def train(setting: Setting) -> Tensor:
             with torch.autocast("cpu", enabled=setting.autocast):
                 losses = model(next(parts))[: setting.tasks]
             losses = [loss / setting.micro_batches for loss in losses]
-            optimizer.backward(scaler.scale(losses), accumulate=left > 0)
+            features = network.seen if setting.features else None
+            optimizer.backward(scaler.scale(losses), accumulate=left > 0, features=features)
         scaler.unscale_(optimizer)
         if setting.clip:
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
