@@ -6,14 +6,52 @@ import difflib
 
 from gradsurgery.methods._base import Method
 from gradsurgery.methods.ags import AGS
+from gradsurgery.methods.constant import Constant
+from gradsurgery.methods.cr_mogm import CRMOGM
+from gradsurgery.methods.dwa import DWA
+from gradsurgery.methods.famo import FAMO
 from gradsurgery.methods.gradvac import GradVac
 from gradsurgery.methods.mean import Mean
 from gradsurgery.methods.pcgrad import PCGrad
+from gradsurgery.methods.random import Random
+from gradsurgery.methods.rescaled import Rescaled
+from gradsurgery.methods.stch import STCH
 from gradsurgery.methods.sum import Sum
+from gradsurgery.methods.uncertainty import Uncertainty
 
-__all__ = ["AGS", "GradVac", "Mean", "Method", "PCGrad", "Sum", "available", "resolve"]
+__all__ = [
+    "AGS",
+    "CRMOGM",
+    "DWA",
+    "FAMO",
+    "STCH",
+    "Constant",
+    "GradVac",
+    "Mean",
+    "Method",
+    "PCGrad",
+    "Random",
+    "Rescaled",
+    "Sum",
+    "Uncertainty",
+    "available",
+    "resolve",
+]
 
-_METHODS: tuple[type[Method], ...] = (AGS, GradVac, Mean, PCGrad, Sum)
+_METHODS: tuple[type[Method], ...] = (
+    AGS,
+    Constant,
+    CRMOGM,
+    DWA,
+    FAMO,
+    GradVac,
+    Mean,
+    PCGrad,
+    Random,
+    STCH,
+    Sum,
+    Uncertainty,
+)
 
 
 def available() -> tuple[str, ...]:

@@ -25,13 +25,13 @@ class Method(ABC):
     name: ClassVar[str]
     """The name that `method=` takes."""
 
-    reads_gram: ClassVar[bool] = True
+    reads_gram: bool = True
     """Whether w depends on M at all."""
 
-    reads_losses: ClassVar[bool] = False
+    reads_losses: bool = False
     """Whether w depends on the losses' values."""
 
-    one_backward: ClassVar[bool] = False
+    one_backward: bool = False
     """Whether w is known before any gradient is, so that one backward pass of Σ_t w_t L_t does:
     the plugin then measures no Gram matrix. `Sum` and `Mean` could, and measure on purpose."""
 

@@ -47,10 +47,7 @@ class AGS(Method):
     name: ClassVar[str] = "ags"
 
     def __init__(self, max_scale: float | None = None) -> None:
-        if max_scale is not None:
-            check_number("max_scale", max_scale)
-        if max_scale is not None and not max_scale > 0:
-            raise ValueError(f"max_scale must be positive or None; got {max_scale!r}")
+        check_max_scale(max_scale)
         self.max_scale = max_scale
 
     def _solve(
@@ -63,6 +60,14 @@ class AGS(Method):
         orders = draw_orders(gram.shape[:-1], gram.device, shared=True, generator=generator)
         limit = math.inf if self.max_scale is None else self.max_scale
         return tasks.run("ags", gram, orders, numbers=(limit, noise_of(resolution)))
+
+
+def check_max_scale(max_scale: float | None) -> None:
+    """Raise TypeError or ValueError where it is neither None nor a positive number."""
+    if max_scale is not None:
+        check_number("max_scale", max_scale)
+        if not max_scale > 0:
+            raise ValueError(f"max_scale must be positive or None; got {max_scale!r}")
 
 
 def noise_of(resolution: float) -> float:

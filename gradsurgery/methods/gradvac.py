@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradsurgery.kernels import tasks
-from gradsurgery.methods._base import Method, check_number
+from gradsurgery.methods._base import check_number
 from gradsurgery.methods._projection import divide_or_zero, draw_orders, visits
+from gradsurgery.methods._running import RunningMethod
 
 __all__ = ["GradVac", "vaccinate"]
 
@@ -44,7 +44,7 @@ def vaccinate(
     return altered.sum(-2), target
 
 
-class GradVac(Method):
+class GradVac(RunningMethod):
     """Gradient Vaccine: like PCGrad, with a running target cosine φ̂_ij in the place of 0.
 
     For each i and each j != i in random order, with φ = cos(ĝ_i, g_j): where φ < φ̂_ij,
@@ -72,21 +72,14 @@ class GradVac(Method):
     """
 
     name: ClassVar[str] = "gradvac"
+    _fields: ClassVar[dict[str, int]] = {"target": 2}
 
     def __init__(self, beta: float = 1e-2) -> None:
         check_number("beta", beta)
         if not 0 < beta <= 1:
             raise ValueError(f"beta must be in (0, 1]; got {beta!r}")
+        super().__init__()
         self.beta = beta
-        self._target: Tensor | None = None
-
-    def check(self, shape: torch.Size) -> None:
-        if self._target is not None and self._target.shape[:-1] != shape:
-            raise ValueError(
-                f"GradVac keeps a target cosine for every pair of tasks: it has seen tasks of "
-                f"shape {list(self._target.shape[:-1])} and now gets {list(shape)}; "
-                f"use a new GradVac() where the number of tasks changes"
-            )
 
     def _solve(
         self,
@@ -96,21 +89,7 @@ class GradVac(Method):
         resolution: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
-        if self._target is None:
-            self._target = torch.zeros_like(gram)
-        self._target = self._target.to(gram.device, non_blocking=True)
-        # In place: a captured CUDA graph reads and writes the same memory at every replay.
+        target = self._begin(gram)["target"]
         return tasks.run_moving(
-            "vaccinate", gram, self._target, orders, numbers=(self.beta, _MAX_TARGET_COSINE)
+            "vaccinate", gram, target, orders, numbers=(self.beta, _MAX_TARGET_COSINE)
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        # Text, and always there: distributed checkpoints load only entries, down to the elements
-        # of a list, that they find in the optimizer they load into, which knows no T before a step.
-        return {"target": "" if self._target is None else json.dumps(self._target.tolist())}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        target = state.get("target") or "[]"
-        # Version 1 of the state had the list itself.
-        values = json.loads(target) if isinstance(target, str) else target
-        self._target = torch.tensor(values, dtype=torch.float64) if values else None

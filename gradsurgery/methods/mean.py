@@ -22,7 +22,7 @@ class Mean(Method):
     """
 
     name: ClassVar[str] = "mean"
-    reads_gram: ClassVar[bool] = False
+    reads_gram = False
 
     def _solve(
         self,

@@ -22,7 +22,7 @@ class Sum(Method):
     """
 
     name: ClassVar[str] = "sum"
-    reads_gram: ClassVar[bool] = False
+    reads_gram = False
 
     def _solve(
         self,
