@@ -1,0 +1,57 @@
+"""FairGrad: α-fair progress of the tasks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsurgery.kernels import tasks
+from gradsurgery.methods import _barrier
+from gradsurgery.methods._base import Method, check_number
+
+__all__ = ["FairGrad"]
+
+
+class FairGrad(Method):
+    """M w = w^(-1/α), w > 0: the direction of α-fair progress Σ_i (g·g_i)^(1-α) / (1 - α).
+
+    α = 1 is `NashMTL`; the larger α, the more the task that gains least counts. The combined
+    gradient's length does not follow the losses' scale: `Rescaled(FairGrad())` gives it the sum's.
+
+    Args:
+        alpha: α.
+
+    Deviations from the paper: the equation is solved by Newton's method to full accuracy, where the
+    authors call a least-squares routine; near Pareto-stationary points as of `NashMTL`.
+
+    Raises:
+        TypeError, ValueError: `alpha` is not positive.
+
+    Source: Ban and Ji, arXiv 2402.15638, equation 6 and algorithm 1; α = 2 in most of its
+    experiments.
+
+    Example:
+        >>> import torch
+        >>> FairGrad(alpha=1.0).weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+
+    name: ClassVar[str] = "fairgrad"
+
+    def __init__(self, alpha: float = 2.0) -> None:
+        check_number("alpha", alpha)
+        if not alpha > 0:
+            raise ValueError(f"alpha must be positive; got {alpha!r}")
+        self.alpha = alpha
+
+    def _solve(
+        self,
+        gram: Tensor,
+        losses: Tensor | None,
+        generator: torch.Generator | None,
+        resolution: float,
+    ) -> Tensor:
+        numbers = (1 / self.alpha, _barrier.ridge_of(resolution))
+        return tasks.run("balance", gram, numbers=numbers)
