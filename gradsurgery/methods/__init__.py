@@ -6,33 +6,55 @@ import difflib
 
 from gradsurgery.methods._base import Method
 from gradsurgery.methods.ags import AGS
+from gradsurgery.methods.aligned_mtl import AlignedMTL
+from gradsurgery.methods.cagrad import CAGrad
+from gradsurgery.methods.config import ConFIG
+from gradsurgery.methods.conicgrad import ConicGrad
 from gradsurgery.methods.constant import Constant
 from gradsurgery.methods.cr_mogm import CRMOGM
+from gradsurgery.methods.dualproj import DualProj
 from gradsurgery.methods.dwa import DWA
+from gradsurgery.methods.fairgrad import FairGrad
 from gradsurgery.methods.famo import FAMO
+from gradsurgery.methods.gradops import GradOPS
 from gradsurgery.methods.gradvac import GradVac
+from gradsurgery.methods.imtl_g import IMTLG
 from gradsurgery.methods.mean import Mean
+from gradsurgery.methods.mgda import MGDA
+from gradsurgery.methods.nash_mtl import NashMTL
 from gradsurgery.methods.pcgrad import PCGrad
 from gradsurgery.methods.random import Random
 from gradsurgery.methods.rescaled import Rescaled
 from gradsurgery.methods.stch import STCH
 from gradsurgery.methods.sum import Sum
 from gradsurgery.methods.uncertainty import Uncertainty
+from gradsurgery.methods.upgrad import UPGrad
 
 __all__ = [
     "AGS",
     "CRMOGM",
     "DWA",
     "FAMO",
+    "IMTLG",
+    "MGDA",
     "STCH",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
+    "ConicGrad",
     "Constant",
+    "DualProj",
+    "FairGrad",
+    "GradOPS",
     "GradVac",
     "Mean",
     "Method",
+    "NashMTL",
     "PCGrad",
     "Random",
     "Rescaled",
     "Sum",
+    "UPGrad",
     "Uncertainty",
     "available",
     "resolve",
@@ -40,17 +62,28 @@ __all__ = [
 
 _METHODS: tuple[type[Method], ...] = (
     AGS,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    ConicGrad,
     Constant,
     CRMOGM,
+    DualProj,
     DWA,
+    FairGrad,
     FAMO,
+    GradOPS,
     GradVac,
+    IMTLG,
     Mean,
+    MGDA,
+    NashMTL,
     PCGrad,
     Random,
     STCH,
     Sum,
     Uncertainty,
+    UPGrad,
 )
 
 
@@ -58,8 +91,8 @@ def available() -> tuple[str, ...]:
     """The names that `method=` takes, in alphabetical order.
 
     Example:
-        >>> available()
-        ('ags', 'gradvac', 'mean', 'pcgrad', 'sum')
+        >>> available()[:3]
+        ('ags', 'aligned_mtl', 'cagrad')
     """
     return tuple(sorted(method.name for method in _METHODS))
 

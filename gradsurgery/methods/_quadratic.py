@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_worst", "scale", "solve_program", "unscale"]
+__all__ = ["best_worst", "idle", "scale", "solve_program", "unscale"]
 
 _STEPS = 40
 # Added to the diagonal: what Cholesky needs where a passive set is nearly dependent. It changes a
@@ -91,8 +91,15 @@ def _share(z: Tensor, step_z: Tensor, dual: Tensor, step_dual: Tensor) -> Tensor
     return limits.amin(-1, keepdim=True).clamp(max=1)
 
 
+def idle(b: Tensor, there: Tensor, one: Tensor, radius: Tensor) -> Tensor:
+    """b for `best_worst`, so large where a task is not there that it asks for nothing."""
+    level = torch.where(there, b / one, -torch.inf).amax(-1, keepdim=True)
+    level = torch.where(level.isinf(), 0.0, level)
+    return torch.where(there, b, 4 * (level.abs() + 2 * radius[..., None] + 1) * one)
+
+
 def best_worst(a: Tensor, b: Tensor, one: Tensor, radius: Tensor) -> Tensor:
-    """z >= 0 of the u = Σ z_i a_i with ‖u‖ <= radius that has the largest min_i (b_i + a_i·u) / 1_i.
+    """z >= 0 of u = Σ z_i a_i, ‖u‖ <= radius, with the largest min_i (b_i + a_i·u) / one_i.
 
     For a level s, z(s) solves the program with q = b - s 1, and ‖u(s)‖ rises with s: the level at
     which it is the radius lies between those at which nothing is asked for and too much. A round

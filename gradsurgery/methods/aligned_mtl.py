@@ -29,9 +29,9 @@ def align(gram: Tensor, tolerance: float) -> Tensor:
 class AlignedMTL(Method):
     """With G = U Σ Vᵀ: the mean of Ĝ = σ_min U Vᵀ, gradients orthogonal and equally long.
 
-    So w = V (σ_min / Σ) Vᵀ 1/T, from the eigenvectors V of M and σ² its eigenvalues, σ_min being the
-    smallest that is not zero. Everything is as long as the weakest component: a common factor of
-    the result, which the learning rate has to make up for, or `Rescaled(AlignedMTL())`.
+    So w = V (σ_min / Σ) Vᵀ 1/T, with V the eigenvectors of M and Σ² its eigenvalues, σ_min² being
+    the smallest that is not zero. Everything is as long as the weakest component: a common factor
+    of the result, which the learning rate has to make up for, or `Rescaled(AlignedMTL())`.
 
     What counts as zero: an eigenvalue below T times M's relative accuracy of the largest. Where
     norms are more than about 1e7 apart (float64 rows) the small gradients fall under it.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method, check_number
-from gradsurgery.methods._quadratic import best_worst, scale, unscale
+from gradsurgery.methods._quadratic import best_worst, idle, scale, unscale
 
 __all__ = ["CAGrad"]
 
@@ -24,22 +24,10 @@ def near_the_mean(gram: Tensor, c: float) -> Tensor:
     mean = norms / most / count
     b = (cosines @ mean[..., None])[..., 0]
     radius = c * (mean * b).sum(-1).clamp(min=0).sqrt()
-    # In units of the largest norm; a condition is divided by its own task's. Without gradient a
-    # task asks for nothing.
+    # In units of the largest norm; a condition is divided by its own task's.
     one = torch.where(norms > 0, most / torch.where(norms > 0, norms, 1.0), 1.0)
-    b = torch.where(norms > 0, b, torch.inf)
-    z = _with_idle_tasks(cosines, b, one, radius)
+    z = best_worst(cosines, idle(b, norms > 0, one, radius), one, radius)
     return 1 / count + unscale(z * most, norms)
-
-
-def _with_idle_tasks(a: Tensor, b: Tensor, one: Tensor, radius: Tensor) -> Tensor:
-    """`best_worst`, where an infinite b stands for a condition that is met anyhow."""
-    idle = b.isinf()
-    level = torch.where(idle, -torch.inf, b / one).amax(-1, keepdim=True)
-    level = torch.where(level.isinf(), 0.0, level)
-    # More than any level that comes up: its own z stays 0.
-    enough = level.abs() + radius[..., None] * 2 + 1.0
-    return best_worst(a, torch.where(idle, enough * 4 * one, b), one, radius)
 
 
 class CAGrad(Method):
@@ -58,7 +46,7 @@ class CAGrad(Method):
     Raises:
         TypeError, ValueError: `c` is no number in [0, 1).
 
-    Source: Liu et al., arXiv 2110.14048, algorithm 1; c = 0.4 is its value for NYUv2 and Cityscapes.
+    Source: Liu et al., arXiv 2110.14048, algorithm 1; c = 0.4 as for its NYUv2 and Cityscapes.
 
     Example:
         >>> import torch
