@@ -10,9 +10,15 @@ __all__ = ["eigen", "pseudo_solve", "rank_tolerance"]
 _SWEEPS = 12
 
 
-def rank_tolerance(gram: Tensor, resolution: float) -> float:
-    """Beside the largest, what an eigenvalue of M or of its cosines may be from rounding alone."""
-    return gram.shape[-1] * max(resolution, torch.finfo(torch.float64).eps) * 4
+def rank_tolerance(gram: Tensor, resolution: float, least: float = 1e-10) -> float:
+    """Up to where, beside the largest, an eigenvalue of M or of its cosines counts as zero.
+
+    Args:
+        gram: [..., T, T].
+        resolution: of its entries.
+        least: what is smaller would make of its rounding an error of 1e-6 in the result.
+    """
+    return max(4 * gram.shape[-1] * resolution, least)
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

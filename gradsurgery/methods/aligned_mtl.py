@@ -33,8 +33,9 @@ class AlignedMTL(Method):
     the smallest that is not zero. Everything is as long as the weakest component: a common factor
     of the result, which the learning rate has to make up for, or `Rescaled(AlignedMTL())`.
 
-    What counts as zero: an eigenvalue below T times M's relative accuracy of the largest. Where
-    norms are more than about 1e7 apart (float64 rows) the small gradients fall under it.
+    What counts as zero: an eigenvalue up to 4 T times M's relative accuracy of the largest. Where
+    norms are more than about 1e7 apart (of float32 rows with D > 65,536: 1e3) the small gradients
+    fall under it.
 
     Source: Senushkin et al., arXiv 2305.19000, algorithm 1, with equal preferences.
 
@@ -53,4 +54,4 @@ class AlignedMTL(Method):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        return tasks.run("aligned_mtl", gram, numbers=(rank_tolerance(gram, resolution),))
+        return tasks.run("aligned_mtl", gram, numbers=(rank_tolerance(gram, resolution, 0.0),))
