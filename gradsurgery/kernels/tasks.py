@@ -55,7 +55,9 @@ def solve(name: str, gram: Tensor, tensors: list[Tensor], numbers: list[float]) 
     """See `run`."""
     fast = _triton(name, gram)
     if fast is None and _runs_native(name, gram):
-        return _native(name, gram, tensors, numbers)
+        found = _native(name, gram, tensors, numbers)
+        if found is not None:
+            return found
 
     def plainly() -> Tensor:
         return guard(gram, _plain[name](gram, *tensors, *numbers))
@@ -88,7 +90,9 @@ def _solve_moving(
 ) -> Tensor:
     fast = _triton(name, gram)
     if fast is None and _runs_native(name, gram) and moved.is_contiguous():
-        return _native(name, gram, [*tensors, moved], numbers)
+        found = _native(name, gram, [*tensors, moved], numbers)
+        if found is not None:
+            return found
 
     def plainly() -> tuple[Tensor, Tensor]:
         weights, new = _plain[name](gram, *tensors, moved, *numbers)
@@ -139,7 +143,10 @@ def _runs_native(name: str, gram: Tensor) -> bool:
     return here and native.function(f"gradsurgery_{name}") is not None
 
 
-def _native(name: str, gram: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
+def _native(
+    name: str, gram: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]
+) -> Tensor | None:
+    """The C version; None where it leaves so many tasks to the other."""
     function = native.function(f"gradsurgery_{name}")
     assert function is not None
     gram = gram.contiguous()
@@ -163,6 +170,8 @@ def _native(name: str, gram: Tensor, tensors: Sequence[Tensor], numbers: Sequenc
         count,
         torch.get_num_threads(),
     )
+    if failed == 2:
+        return None
     if failed:
         raise MemoryError(f"no memory for the step {name!r} of {batch} Gram matrices")
     return weights

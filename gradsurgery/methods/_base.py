@@ -35,7 +35,6 @@ class Method(ABC):
     """Whether w is known before any gradient is, so that one backward pass of Σ_t w_t L_t does:
     the plugin then measures no Gram matrix. `Sum` and `Mean` could, and measure on purpose."""
 
-    @torch.no_grad()
     def weights(
         self,
         gram: Tensor,
@@ -63,11 +62,14 @@ class Method(ABC):
         """
         _check_gram(gram)
         self.check(gram.shape[:-1])
+        if not (self.reads_gram or self.reads_losses):
+            return self._solve(gram, None, generator, 0.0)
         # Inside the caller's autocast region products would run in half precision. The context is
         # most of the time of a small T, so it is entered only where there is one to leave.
         mixed = torch.is_autocast_enabled(gram.device.type)
-        with torch.autocast(gram.device.type, enabled=False) if mixed else nullcontext():
-            exact = gram.to(torch.float64)
+        quiet = torch.autocast(gram.device.type, enabled=False) if mixed else nullcontext()
+        with quiet, torch.no_grad():
+            exact = gram.detach().to(torch.float64)
             known = torch.finfo(gram.dtype).eps if resolution is None else resolution
             return self._solve(exact, self._values(losses, exact), generator, known)
 
@@ -94,7 +96,8 @@ class Method(ABC):
     ) -> Tensor:
         """[..., T, T] float64 -> [..., T] float64, without waiting for the device.
 
-        `losses` is [..., T] float64 where `reads_losses`, else None.
+        `losses` is [..., T] float64 where `reads_losses`, else None. A method that reads neither
+        gets M as it was given, for its shape and device.
         """
 
     def check(self, shape: torch.Size) -> None:  # noqa: B027 - most methods keep no state

@@ -1,4 +1,4 @@
-"""Given weights: scalarization."""
+"""Given weights: scalarization. And how a method keeps numbers that it is given, T of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,35 @@ from torch import Tensor
 
 from gradsurgery.methods._base import Method, check_number
 
-__all__ = ["Constant"]
+__all__ = ["Constant", "check_numbers", "on_device"]
+
+
+def check_numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The values as a tuple; TypeError or ValueError where one is no finite number."""
+    if values is None:
+        return None
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of numbers; got {values!r}")
+    given = tuple(values)
+    for value in given:
+        check_number(name, value)
+    if not given or not all(map(math.isfinite, given)):
+        raise ValueError(f"{name} must be finite, one for each task; got {given!r}")
+    return given
+
+
+def on_device(
+    copies: dict[tuple[tuple[float, ...], torch.device], Tensor],
+    values: tuple[float, ...],
+    device: torch.device,
+) -> Tensor:
+    """The values as [T] float64, copied once: a captured CUDA graph can copy nothing."""
+    copy = copies.get((values, device))
+    if copy is None:
+        # A few bytes from the host: queued, not waited for.
+        copy = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+        copies[values, device] = copy
+    return copy
 
 
 class Constant(Method):
@@ -36,13 +64,9 @@ class Constant(Method):
     one_backward = True
 
     def __init__(self, weights: Sequence[float] | None = None) -> None:
-        if weights is not None:
-            weights = tuple(weights)
-            for weight in weights:
-                check_number("weights", weight)
-            if not weights or not all(map(math.isfinite, weights)):
-                raise ValueError(f"weights must be finite, one for each task; got {weights!r}")
-        self.weights_ = weights
+        # `weights` is the method.
+        self.weights_ = check_numbers("weights", weights)
+        self._copies: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
     def __repr__(self) -> str:
         return f"Constant(weights={self.weights_!r})"
@@ -59,6 +83,6 @@ class Constant(Method):
         resolution: float,
     ) -> Tensor:
         if self.weights_ is None:
-            return gram.new_ones(gram.shape[:-1])
-        given = torch.tensor(self.weights_, dtype=torch.float64)
-        return given.to(gram.device, non_blocking=True).expand(gram.shape[:-1]).clone()
+            return torch.ones(gram.shape[:-1], dtype=torch.float64, device=gram.device)
+        given = on_device(self._copies, self.weights_, gram.device)
+        return given.expand(gram.shape[:-1]).clone()

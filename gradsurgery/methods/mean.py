@@ -31,4 +31,6 @@ class Mean(Method):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        return gram.new_full(gram.shape[:-1], 1 / gram.shape[-1])
+        return torch.full(
+            gram.shape[:-1], 1 / gram.shape[-1], dtype=torch.float64, device=gram.device
+        )

@@ -31,4 +31,4 @@ class Sum(Method):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        return gram.new_ones(gram.shape[:-1])
+        return torch.ones(gram.shape[:-1], dtype=torch.float64, device=gram.device)

@@ -337,11 +337,6 @@ static double walk(struct path *path, struct program *p, double *q, const double
     return root < 0 ? NAN : -2 * quadratic[0] / (quadratic[1] + sqrt(root));
 }
 
-static double length_of(const struct path *p)
-{
-    return sqrt(fmax(p->square + 2 * p->along[0] + p->apart[0], 0));
-}
-
 /* Fills z, [n]. */
 static void follow(struct path *path, double ridge, double *z)
 {
@@ -359,9 +354,8 @@ static void follow(struct path *path, double ridge, double *z)
     const int above = excess < 0;
     const double start = above ? dot(a, z, n) : 0;
     double near = 1e-16 * size, far = 1e10 * size;
+    for (long i = 0; i < n; i++) far = fmax(far, -2 * path->b[i] / a[i]);
     if (above) p.a = lifted;
-    if (!above)
-        for (long i = 0; i < n; i++) far = fmax(far, -2 * path->b[i] / a[i]);
     double distance = above ? far : near;
     for (int step = 0; step < ROOT_STEPS; step++) {
         const double s = above ? start + distance : -distance;
@@ -379,8 +373,8 @@ static void follow(struct path *path, double ridge, double *z)
     }
     /* Where Gᵀz is what rounding leaves of terms that cancel, some gradients oppose each other, and
        no direction serves all: level 0 is the best, and the nearest d that reaches it stands. */
-    const double length = path->cone ? length_of(path) : sqrt(path->apart[0]);
-    if (above && sum_of(p.z, n) * path->noise > length) return;
+    const double square = path->apart[0] + (path->cone ? path->square + 2 * path->along[0] : 0);
+    if (above && sum_of(p.z, n) * path->noise > sqrt(fmax(square, 0))) return;
     memcpy(z, p.z, sizeof(double) * n);
 }
 
@@ -393,7 +387,8 @@ static void stop_on_path(struct task *task, int cone)
     for (long i = 0; i < n; i++) path.mean[i] /= task->count, path.b[i] /= task->count;
     path.square = dot(path.mean, path.b, n);
     double z[MAX_TASKS], product[MAX_TASKS], factor = 1;
-    if (!(path.square > 0) || path.limit == cone) return; /* the mean itself */
+    /* The mean itself: no length to measure by, a ball or a cone of nothing else, one task. */
+    if (!(path.square > 0) || path.limit == cone || task->count == 1) return;
     follow(&path, task->numbers[0], z);
     if (cone) {
         for (long i = 0; i < n; i++) z[i] += path.mean[i];
@@ -403,7 +398,7 @@ static void stop_on_path(struct task *task, int cone)
         for (long i = 0; i < n; i++) z[i] -= path.mean[i];
     }
     for (long i = 0; i < task->count; i++) task->weights[i] *= factor;
-    for (long i = 0; i < n; i++) 
+    for (long i = 0; i < n; i++)
         task->weights[path.s.task[i]] = factor * (path.mean[i] + z[i]) * path.most / path.s.norm[i];
 }
 

@@ -207,3 +207,27 @@ static void gradops(struct task *task)
 }
 
 SOLVER(gradops, SCRATCH)
+
+/* Principal components of M itself, all brought to the smallest singular value that is not zero.
+   numbers: rank tolerance. For up to MOST_ROTATED tasks; LAPACK is faster beyond. */
+static void aligned_mtl(struct task *task)
+{
+    const long n = task->count;
+    double *a = task->scratch, *v = a + n * n, values[MAX_TASKS], most = 0;
+    for (long i = 0; i < n; i++) most = fmax(most, task->gram[i * n + i]);
+    for (long i = 0; i < n; i++) task->weights[i] = 0;
+    if (!(most > 0)) return;
+    for (long i = 0; i < n * n; i++) a[i] = task->gram[i] / most;
+    jacobi(a, v, values, n);
+    const double zero = task->numbers[0] * largest(values, n);
+    double least = INFINITY;
+    for (long k = 0; k < n; k++)
+        if (values[k] > zero) least = fmin(least, values[k]);
+    for (long k = 0; k < n; k++) {
+        if (!(values[k] > zero)) continue;
+        const double share = sqrt(least / values[k]) * sum_of(v + k * n, n) / n;
+        for (long i = 0; i < n; i++) task->weights[i] += share * v[k * n + i];
+    }
+}
+
+SOLVER_UP_TO(MOST_ROTATED, aligned_mtl, 2 * count * count)
