@@ -15,6 +15,7 @@ from gradsurgery import AdaptiveGradientSurgery
 
 __all__ = [
     "CASES",
+    "MEASURING",
     "OPTIMIZERS",
     "VARIANTS",
     "Case",
@@ -64,6 +65,14 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     {"centered": True},
     {"line_search_fn": "strong_wolfe"},
 )
+
+
+MEASURING = tuple(
+    name
+    for name in gradsurgery.methods.available()
+    if not gradsurgery.methods.resolve(name).one_backward
+)
+"""The methods that look at gradients: a backward pass for each task."""
 
 
 class Net(nn.Module):
