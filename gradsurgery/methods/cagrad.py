@@ -9,25 +9,17 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method, check_number
-from gradsurgery.methods._quadratic import best_worst, idle, scale, unscale
+from gradsurgery.methods._quadratic import Path, noise_of, ridge_of
 
 __all__ = ["CAGrad"]
 
 
 @tasks.step("cagrad")
-def near_the_mean(gram: Tensor, c: float) -> Tensor:
-    """1/T + z, ‖Gᵀz‖ <= c‖g_0‖, for the largest min_i g_i·d: [..., T, T] -> [..., T]."""
-    count = gram.shape[-1]
-    cosines, norms = scale(gram)
-    most = norms.amax(-1, keepdim=True)
-    most = torch.where(most > 0, most, 1.0)
-    mean = norms / most / count
-    b = (cosines @ mean[..., None])[..., 0]
-    radius = c * (mean * b).sum(-1).clamp(min=0).sqrt()
-    # In units of the largest norm; a condition is divided by its own task's.
-    one = torch.where(norms > 0, most / torch.where(norms > 0, norms, 1.0), 1.0)
-    z = best_worst(cosines, idle(b, norms > 0, one, radius), one, radius)
-    return 1 / count + unscale(z * most, norms)
+def near_the_mean(gram: Tensor, ridge: float, noise: float, c: float) -> Tensor:
+    """[..., T, T] -> [..., T]: 1/T + z, ‖Gᵀz‖ = c‖g_0‖."""
+    if gram.shape[-1] == 1 or c == 0:
+        return torch.full_like(gram[..., 0], 1 / gram.shape[-1])
+    return Path(gram, cone=False, limit=c, ridge=ridge, noise=noise).weights()
 
 
 class CAGrad(Method):
@@ -39,14 +31,15 @@ class CAGrad(Method):
     Args:
         c: radius of the ball around g_0, as a share of its length; 0 <= c < 1.
 
-    Deviation from the paper: at ‖g_w‖ = 0 (a Pareto-stationary point where g_0 is not zero) its
-    formula is not defined, and the nearest d to g_0 that serves the worst-off task best is taken.
-    The authors' code also divides d by 1 + c² by default, which the paper does not.
+    Deviations from the paper: at ‖g_w‖ = 0, a Pareto-stationary point where g_0 is not zero, its
+    formula is not defined; no d serves all there, and the nearest that harms none is taken,
+    `DualProj`'s. Tasks without gradient have no say, and a single task keeps its gradient, which
+    the formula lengthens by 1 + c. The authors' code also divides d by 1 + c², the paper does not.
 
     Raises:
         TypeError, ValueError: `c` is no number in [0, 1).
 
-    Source: Liu et al., arXiv 2110.14048, algorithm 1; c = 0.4 as for its NYUv2 and Cityscapes.
+    Source: Liu et al., arXiv 2110.14048, algorithm 1; c = 0.4 as in the authors' scripts.
 
     Example:
         >>> import torch
@@ -69,4 +62,5 @@ class CAGrad(Method):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        return tasks.run("cagrad", gram, numbers=(self.c,))
+        numbers = (ridge_of(resolution), noise_of(resolution), self.c)
+        return tasks.run("cagrad", gram, numbers=numbers)

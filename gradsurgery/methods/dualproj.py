@@ -9,21 +9,20 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._quadratic import scale, solve_program, unscale
+from gradsurgery.methods._quadratic import ridge_of, scale, solve_program, unscale
 
 __all__ = ["DualProj"]
 
 
 @tasks.step("dualproj")
-def project_mean(gram: Tensor) -> Tensor:
+def project_mean(gram: Tensor, ridge: float) -> Tensor:
     """argmin vᵀMv over v >= 1/T: [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
     most = norms.amax(-1, keepdim=True)
     most = torch.where(most > 0, most, 1.0)
-    least = norms / most
-    z = solve_program(cosines, (cosines @ least[..., None])[..., 0])
-    scaled = unscale((least + z) * most, norms)
-    return torch.where(norms > 0, scaled, 1.0) / gram.shape[-1]
+    mean = norms / most
+    z = solve_program(cosines, (cosines @ mean[..., None])[..., 0], ridge)
+    return (1 + unscale(z * most, norms)) / gram.shape[-1]
 
 
 class DualProj(Method):
@@ -50,4 +49,4 @@ class DualProj(Method):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        return tasks.run("dualproj", gram)
+        return tasks.run("dualproj", gram, numbers=(ridge_of(resolution),))

@@ -9,28 +9,25 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._quadratic import scale, solve_program
+from gradsurgery.methods._quadratic import lift, ridge_of, scale, solve_program
 
 __all__ = ["MGDA"]
 
 
 @tasks.step("mgda")
-def shortest_in_hull(gram: Tensor) -> Tensor:
+def shortest_in_hull(gram: Tensor, ridge: float) -> Tensor:
     """argmin wᵀMw over the simplex: [..., T, T] -> [..., T].
 
     min wᵀMw + κ²(1ᵀw - 1)² over w >= 0 has its direction for every κ > 0, and always a solution;
     κ is the smallest norm.
     """
     cosines, norms = scale(gram)
+    a, lifted = lift(cosines, norms)
     zero = norms == 0
-    least = torch.where(zero, torch.inf, norms).amin(-1, keepdim=True)
-    share = torch.where(zero, 0.0, least / torch.where(zero, 1.0, norms))
-    z = solve_program(cosines + share[..., :, None] * share[..., None, :], -share) * share
-    sums = z.sum(-1, keepdim=True)
+    z = solve_program(lifted, -a, ridge) * a
     # A task without gradient: zero lies in the hull.
     z = torch.where(zero.any(-1, keepdim=True), zero.to(z.dtype), z)
-    sums = z.sum(-1, keepdim=True)
-    return z / sums
+    return z / z.sum(-1, keepdim=True)
 
 
 class MGDA(Method):
@@ -38,7 +35,7 @@ class MGDA(Method):
 
     g = Gᵀw is the direction in which the task that gains least gains most. It conflicts with no
     task, is zero exactly at Pareto-stationary points, and follows the small gradients: a task
-    that is nearly done slows all others.
+    that is nearly done slows all others. Where tasks have no gradient they share all the weight.
 
     Source: Désidéri 2012, and Sener and Koltun, arXiv 1810.04650, equation 3; they iterate with
     Frank and Wolfe's algorithm, here the program is solved.
@@ -58,4 +55,4 @@ class MGDA(Method):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        return tasks.run("mgda", gram)
+        return tasks.run("mgda", gram, numbers=(ridge_of(resolution),))

@@ -9,21 +9,19 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._quadratic import scale, solve_program, unscale
+from gradsurgery.methods._quadratic import ridge_of, scale, solve_program, unscale
 
 __all__ = ["UPGrad"]
 
 
 @tasks.step("upgrad")
-def project_each(gram: Tensor) -> Tensor:
+def project_each(gram: Tensor, ridge: float) -> Tensor:
     """(1/T) Σ_i argmin vᵀMv over v >= e_i: [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
     # v = e_i + z: in scaled variables the same program on C for every i, whatever the norms.
     programs = cosines[..., None, :, :].expand(*gram.shape[:-2], gram.shape[-1], -1, -1)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    each = solve_program(programs, cosines) + eye
-    sums = (norms[..., :, None] * each).sum(-2)
-    return torch.where(norms > 0, unscale(sums, norms), 1.0) / gram.shape[-1]
+    sums = (norms[..., :, None] * solve_program(programs, cosines, ridge)).sum(-2)
+    return (1 + unscale(sums, norms)) / gram.shape[-1]
 
 
 class UPGrad(Method):
@@ -34,7 +32,7 @@ class UPGrad(Method):
     influence grows with its norm, as in the sum.
 
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232,
-    equation 4 and proposition 1.
+    equation 3 (the projection) and proposition 1.
 
     Example:
         >>> import torch
@@ -51,4 +49,4 @@ class UPGrad(Method):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
-        return tasks.run("upgrad", gram)
+        return tasks.run("upgrad", gram, numbers=(ridge_of(resolution),))

@@ -214,11 +214,10 @@ static void upgrad(struct task *task)
         p.q = s.c + i * n;
         for (long j = 0; j < n; j++) p.passive[j] = p.q[j] < 0;
         solve_program(&p);
-        p.z[i] += 1;
         for (long j = 0; j < n; j++) sums[j] += s.norm[i] * p.z[j];
     }
     for (long j = 0; j < n; j++)
-        task->weights[s.task[j]] = sums[j] / s.norm[j] / task->count;
+        task->weights[s.task[j]] = (1 + sums[j] / s.norm[j]) / task->count;
 }
 
 SOLVER(upgrad, SCRATCH)
@@ -242,7 +241,7 @@ static void dualproj(struct task *task)
     for (long i = 0; i < s.n; i++) p.passive[i] = q[i] < 0;
     solve_program(&p);
     for (long j = 0; j < s.n; j++)
-        task->weights[s.task[j]] = (y[j] + p.z[j]) * most / s.norm[j] / task->count;
+        task->weights[s.task[j]] = (1 + p.z[j] * most / s.norm[j]) / task->count;
 }
 
 SOLVER(dualproj, SCRATCH)
@@ -365,7 +364,6 @@ static void follow(struct path *path, double ridge, double *z)
         else
             near = distance;
         if (fabs(change) <= 1e-14 * distance || far - near <= 1e-15 * far) break;
-        if (above && near == far) break;
         const double found = above ? distance + change : distance - change;
         distance = found > near && found < far ? found
                    : far > 4 * near            ? sqrt(near) * sqrt(far)
@@ -386,20 +384,19 @@ static void stop_on_path(struct task *task, int cone)
     path.most = of_mean(&path.s, path.mean, path.b);
     for (long i = 0; i < n; i++) path.mean[i] /= task->count, path.b[i] /= task->count;
     path.square = dot(path.mean, path.b, n);
-    double z[MAX_TASKS], product[MAX_TASKS], factor = 1;
+    double z[MAX_TASKS];
     /* The mean itself: no length to measure by, a ball or a cone of nothing else, one task. */
     if (!(path.square > 0) || path.limit == cone || task->count == 1) return;
     follow(&path, task->numbers[0], z);
-    if (cone) {
-        for (long i = 0; i < n; i++) z[i] += path.mean[i];
-        for (long i = 0; i < n; i++) product[i] = dot(path.s.c + i * n, z, n);
-        const double length = sqrt(fmax(dot(product, z, n), 0));
-        if (length > path.noise * sum_of(z, n)) factor = sqrt(path.square) / length;
-        for (long i = 0; i < n; i++) z[i] -= path.mean[i];
-    }
-    for (long i = 0; i < task->count; i++) task->weights[i] *= factor;
     for (long i = 0; i < n; i++)
-        task->weights[path.s.task[i]] = factor * (path.mean[i] + z[i]) * path.most / path.s.norm[i];
+        task->weights[path.s.task[i]] += z[i] * path.most / path.s.norm[i];
+    if (!cone) return;
+    double y[MAX_TASKS], square = 0;
+    for (long i = 0; i < n; i++) y[i] = path.mean[i] + z[i];
+    for (long i = 0; i < n; i++) square += y[i] * dot(path.s.c + i * n, y, n);
+    const double length = sqrt(fmax(square, 0));
+    if (!(length > path.noise * sum_of(y, n))) return;
+    for (long i = 0; i < task->count; i++) task->weights[i] *= sqrt(path.square) / length;
 }
 
 static void cagrad(struct task *task)
