@@ -43,7 +43,7 @@ def balance(gram: Tensor, p: float, ridge: float) -> Tensor:
         y = _follow(c, ((now - 1) * logs).exp(), now, y, _STEPS if move == _MOVES else 3)
     # The geometric mean was taken out of k; y grows by its (1 + p)th root.
     y = y * ((p - 1) * geometric / (1 + p)).exp()
-    return unscale(y, norms, 0.0)
+    return unscale(y, norms)
 
 
 def _follow(c: Tensor, k: Tensor, p: float, y: Tensor, steps: int) -> Tensor:

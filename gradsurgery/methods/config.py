@@ -25,7 +25,7 @@ def equal_angles(gram: Tensor, tolerance: float) -> Tensor:
     there = square > 1e-24 * y.abs().sum(-1).square()
     length = (norms * product).sum(-1)
     factor = torch.where(there, length / torch.where(there, square, 1.0), 0.0)
-    return unscale(factor[..., None] * y, norms, 0.0)
+    return unscale(factor[..., None] * y, norms)
 
 
 class ConFIG(Method):

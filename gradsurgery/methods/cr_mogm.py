@@ -18,11 +18,12 @@ class CRMOGM(Wrapping):
     """λ_k = α λ_{k-1} + (1 - α) λ̂_k, with λ̂_k the other method's weights and λ_1 = λ̂_1.
 
     Weights that follow one mini-batch correlate with its noise, which biases the direction; their
-    mean over many does not. The paper lets α grow as the learning rate falls: set `method.alpha`.
+    mean over many does not. The paper lets α grow from 0 towards 1 as the learning rate η falls
+    (corollary 1): set `method.alpha = 1 - η / η_1` where a schedule sets η.
 
     Args:
         method: a name out of `available()`, or an instance.
-        alpha: α, the weight of the past.
+        alpha: α, the weight of the past. The default is the usual one of a moving average.
 
     Raises:
         TypeError, ValueError: `alpha` is not in [0, 1); the number of tasks changes.
@@ -74,7 +75,11 @@ class CRMOGM(Wrapping):
         average = self._average = self._average.to(new.device, non_blocking=True)
         mixed = torch.where(average.isnan(), new, average * self.alpha + (1 - self.alpha) * new)
         # Weights that are not finite stay so, and leave no trace.
-        average.copy_(torch.where(new.isfinite().all(-1, keepdim=True), mixed, average))
+        valid = new.isfinite().all(-1, keepdim=True)
+        if losses is not None:
+            # Also where the other method does not read them: see `Rescaled`.
+            valid = valid & losses.isfinite().all(-1, keepdim=True)
+        average.copy_(torch.where(valid, mixed, average))
         return mixed
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -21,21 +22,24 @@ class FAMO(RunningMethod):
     With z = softmax(ξ): w_t = (z_t / ℓ_t) / Σ_s (z_s / ℓ_s). Then ξ goes down the gradient of
     Σ_t z_t (log ℓ_t before the step - log ℓ_t after it), by Adam with weight decay γ.
 
-    Losses must be positive; what is below 1e-8 counts as 1e-8. A factor that all losses share, a
-    loss scaler's for one, cancels out, also where it changes.
+    A factor that all losses share, a loss scaler's for one, cancels out, also where it changes.
+    Losses must be positive: where one can fall below 0, add a constant to it. A negative loss gives
+    NaN, as in the authors' code.
 
     Args:
         lr: Adam's learning rate of ξ.
-        gamma: γ.
+        gamma: γ. (The authors' code has had 0.01 and 1e-5.)
 
-    Deviation from the paper: it evaluates the losses after the step on the same batch, which costs
+    Deviations from the paper: it evaluates the losses after the step on the same batch, which costs
     another forward pass. Here the next call's losses, of the next batch, are taken, unless
-    `update` was given better ones in between.
+    `update` was given better ones in between. The authors add 1e-8 to every loss; here what is
+    within 1e-8 of 0 counts as 1e-8, as an addition would not let a common factor cancel.
 
     Raises:
-        ValueError: `lr` or `gamma` is negative, or the number of tasks changes.
+        TypeError, ValueError: `lr` or `gamma` is no finite number of at least 0; the number of
+            tasks changes.
 
-    Source: Liu et al., arXiv 2306.03792, algorithm 1, with the defaults of the authors' code.
+    Source: Liu et al., arXiv 2306.03792, algorithm 1, with Adam and the defaults of algorithm 2.
 
     Example:
         >>> import torch
@@ -49,29 +53,38 @@ class FAMO(RunningMethod):
     one_backward = True
     _fields: ClassVar[dict[str, int]] = {"logits": 1, "before": 1, **Adam.fields}
 
-    def __init__(self, lr: float = 0.025, gamma: float = 0.01) -> None:
+    def __init__(self, lr: float = 0.025, gamma: float = 1e-3) -> None:
         super().__init__()
         for name, value in (("lr", lr), ("gamma", gamma)):
             check_number(name, value)
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0; got {value!r}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0; got {value!r}")
         self.lr, self.gamma = lr, gamma
 
     @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        """Move ξ by the losses [..., T] of the last call's batch after the optimizer's step.
+        """Move ξ by the losses of the last batch after the step, as the paper does.
+
+        Args:
+            losses: [..., T], times the same loss scale or none. Where gradients are averaged over
+                processes, the losses' means over them: every process needs the same weights.
 
         Raises:
             RuntimeError: there was no call of `weights` before.
+            ValueError: another number of losses.
         """
         if "before" not in self._state:
             raise RuntimeError(
                 "update compares with the losses of a call of weights: call it first"
             )
-        logs = losses.detach().to(self._state["before"]).clamp(min=_LEAST).log()
-        self._follow(logs)
+        before = self._state["before"]
+        if losses.shape[-1:] != before.shape[-1:]:
+            raise ValueError(
+                f"losses must be [..., T] with T = {before.shape[-1]}; got {list(losses.shape)}"
+            )
+        self._follow(_logs(losses.detach().to(before)))
         # Nothing left to compare with: the next call only notes its losses.
-        self._state["before"].fill_(torch.nan)
+        before.fill_(torch.nan)
 
     def _follow(self, logs: Tensor) -> None:
         state = self._state
@@ -90,10 +103,15 @@ class FAMO(RunningMethod):
     ) -> Tensor:
         assert losses is not None
         state = self._begin(gram, before=torch.nan)
-        floored = losses.clamp(min=_LEAST)
-        finite = losses.isfinite().all(-1)
-        self._follow(floored.log())
-        self._move(finite, before=floored.log())
+        logs = _logs(losses)
+        finite = logs.isfinite().all(-1)
+        self._follow(logs)
+        self._move(finite, before=logs)
         # (z / ℓ) / Σ (z / ℓ), in logarithms.
-        weights = (state["logits"].log_softmax(-1) - floored.log()).softmax(-1)
+        weights = (state["logits"].log_softmax(-1) - logs).softmax(-1)
         return torch.where(finite[..., None], weights, torch.nan)
+
+
+def _logs(losses: Tensor) -> Tensor:
+    """log ℓ, not finite where ℓ is not or is negative by more than rounding."""
+    return torch.where(losses >= -_LEAST, losses.clamp(min=_LEAST), torch.nan).log()

@@ -34,7 +34,7 @@ def project_out(gram: Tensor, tolerance: float, noise: float) -> Tensor:
     conflicts = (cosines < -noise).any(-1, keepdim=True)
     each = torch.where(conflicts, projected, eye)
     sums = (norms[..., :, None] * each).sum(-2)
-    return unscale(sums, norms, 1.0)
+    return torch.where(norms > 0, unscale(sums, norms), 1.0)
 
 
 class GradOPS(Method):

@@ -20,7 +20,7 @@ __all__ = ["IMTLG"]
 def equal_projections(gram: Tensor, tolerance: float) -> Tensor:
     """C⁺1 / n, divided by its sum: [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
-    w = unscale(pseudo_solve(cosines, (norms > 0).to(gram.dtype), tolerance), norms, 0.0)
+    w = unscale(pseudo_solve(cosines, (norms > 0).to(gram.dtype), tolerance), norms)
     total, size = w.sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
     return divide_or_zero(w, torch.where(total.abs() > 1e-12 * size, total, 0.0))
 

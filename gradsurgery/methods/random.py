@@ -15,9 +15,11 @@ __all__ = ["Random"]
 class Random(Method):
     """RLW: w = softmax(ξ), ξ ~ N(0, I), drawn anew at every step.
 
-    It asks for no gradients, so the plugin runs one backward pass.
+    It asks for no gradients, so the plugin runs one backward pass. The noise comes from the host's
+    generator, so that every device sees the same; a CUDA graph cannot capture that.
 
-    Source: Lin et al., "Reasonable Effectiveness of Random Weighting", arXiv 2111.10603.
+    Source: Lin et al., "Reasonable Effectiveness of Random Weighting", arXiv 2111.10603, with the
+    normal distribution out of those that it tries.
 
     Example:
         >>> import torch

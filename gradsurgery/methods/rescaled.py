@@ -53,6 +53,11 @@ class Rescaled(Wrapping):
         generator: torch.Generator | None,
         resolution: float,
     ) -> Tensor:
+        if not self.method.reads_gram:
+            # Its running state must not move at a step whose M is not finite, which it cannot see.
+            known = gram.isfinite().all(-1).all(-1, keepdim=True)
+            told = gram.new_zeros(gram.shape[:-1]) if losses is None else losses
+            losses = torch.where(known, told, torch.nan)
         weights = self.method._solve(gram, losses, generator, resolution)
         limit = math.inf if self.max_scale is None else self.max_scale
         return tasks.run("rescale", gram, weights, numbers=(limit, noise_of(resolution)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import Method, check_number
+from gradsurgery.methods.constant import check_numbers, on_device
 
 __all__ = ["STCH"]
 
@@ -18,19 +18,22 @@ class STCH(Method):
     """The gradient of μ log Σ_t exp(λ_t (L_t - z_t) / μ): w_t = λ_t softmax(λ (L - z) / μ)_t.
 
     As μ goes to 0 only the worst task counts (the Tchebycheff scalarization); with a large μ all
-    count alike. μ is on the scale of the losses: a loss scaler's factor has to be in it.
+    count alike.
+
+    μ and z are on the scale of the losses. A loss scaler multiplies those, so that next to its
+    factor μ is nothing: use bfloat16, which needs no scaler.
 
     Args:
         mu: μ, the smoothness.
-        preferences: λ, T positive numbers. None: 1 for each task, the paper's uniform preference
-            1/T with μ as much larger.
+        preferences: λ, T positive numbers. None: 1 for each task. With the paper's 1/T and μ/T
+            the weights are T times smaller, and the same otherwise.
         ideal: z, T numbers, the best values that the losses can have. None: 0.
 
     Raises:
         TypeError, ValueError: `mu` or a preference is not positive; another number of tasks.
 
     Source: Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization",
-    arXiv 2402.19078, equation 7.
+    arXiv 2402.19078, the definition of g^STCH.
 
     Example:
         >>> import torch
@@ -53,8 +56,9 @@ class STCH(Method):
         if not mu > 0:
             raise ValueError(f"mu must be positive; got {mu!r}")
         self.mu = mu
-        self.preferences = _numbers("preferences", preferences)
-        self.ideal = _numbers("ideal", ideal)
+        self.preferences = check_numbers("preferences", preferences)
+        self.ideal = check_numbers("ideal", ideal)
+        self._copies: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
         if self.preferences is not None and not all(value > 0 for value in self.preferences):
             raise ValueError(f"preferences must be positive; got {self.preferences!r}")
 
@@ -71,25 +75,12 @@ class STCH(Method):
         resolution: float,
     ) -> Tensor:
         assert losses is not None
+        finite = losses.isfinite().all(-1, keepdim=True)
         if self.ideal is not None:
-            losses = losses - _on_device_of(losses, self.ideal)
+            losses = losses - on_device(self._copies, self.ideal, losses.device)
         if self.preferences is None:
-            return (losses / self.mu).softmax(-1)
-        preferences = _on_device_of(losses, self.preferences)
-        return preferences * (preferences * losses / self.mu).softmax(-1)
-
-
-def _on_device_of(losses: Tensor, values: tuple[float, ...]) -> Tensor:
-    # A few bytes from the host: queued, not waited for.
-    return torch.tensor(values, dtype=torch.float64).to(losses.device, non_blocking=True)
-
-
-def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
-    if values is None:
-        return None
-    given = tuple(values)
-    for value in given:
-        check_number(name, value)
-    if not given or not all(map(math.isfinite, given)):
-        raise ValueError(f"{name} must be finite, one for each task; got {given!r}")
-    return given
+            weights = (losses / self.mu).softmax(-1)
+        else:
+            preferences = on_device(self._copies, self.preferences, losses.device)
+            weights = preferences * (preferences * losses / self.mu).softmax(-1)
+        return torch.where(finite, weights, torch.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ class Uncertainty(RunningMethod):
     """Homoscedastic uncertainty: L = Σ_t (exp(-s_t) L_t + s_t) / 2, s_t = log σ_t² learned.
 
     So w_t = exp(-s_t) / 2, and s_t follows ∂L/∂s_t = (1 - exp(-s_t) L_t) / 2 by an Adam of its own.
-    Where the losses stand still, w_t comes to 1 / (2 L_t).
+    Where the losses stand still, w_t comes to 1 / (2 L_t). A task alone is weighted as well.
 
     Args:
         lr: Adam's learning rate of s.
@@ -31,7 +32,8 @@ class Uncertainty(RunningMethod):
     bfloat16, which needs no scaler.
 
     Raises:
-        ValueError: `lr` is negative, or the number of tasks changes.
+        TypeError, ValueError: `lr` is no finite number of at least 0, `start` not finite; the
+            number of tasks changes.
 
     Source: Kendall et al., arXiv 1705.07115, equation 7.
 
@@ -51,6 +53,8 @@ class Uncertainty(RunningMethod):
         super().__init__()
         for name, value in (("lr", lr), ("start", start)):
             check_number(name, value)
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite; got {value!r}")
         if lr < 0:
             raise ValueError(f"lr must be at least 0; got {lr!r}")
         self.lr, self.start = lr, start
