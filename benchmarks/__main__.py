@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    diagnoses,
     estimate,
     less_work,
     memory,
@@ -253,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--gradient-bytes", type=_number, default=4)
     size.add_argument("--parameter-bytes", type=_number, default=2)
     size.add_argument("--gb-per-s", type=float, default=50.0, help="what one rank sends")
+    commands.add_parser("diagnose", help="what `diagnose` says about three models made for it")
     child = commands.add_parser("memory-child", help="one measured process of `memory`")
     child.add_argument("kind", choices=tuple(step.STEPS))
     child.add_argument("model", choices=MODELS)
@@ -273,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "estimate":
         given = {key: value for key, value in vars(options).items() if key != "command"}
         print(estimate.estimate(**given))
+    elif options.command == "diagnose":
+        print(diagnoses.report())
     elif options.command == "memory-child":
         memory.child(options.kind, options.model, options.graph, options.device, options.numbers)
     else:

@@ -2,14 +2,17 @@
 
 from gradsurgery import kernels, methods
 from gradsurgery._aggregate import aggregate
+from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.optimizer import AdaptiveGradientSurgery
 from gradsurgery.report import SurgeryReport
 
 __all__ = [
     "AdaptiveGradientSurgery",
+    "Diagnosis",
     "SurgeryReport",
     "__version__",
     "aggregate",
+    "diagnose",
     "kernels",
     "methods",
 ]

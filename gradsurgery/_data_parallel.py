@@ -323,6 +323,11 @@ class DataParallelSurgery(Surgery):
         mean = values[0] / values[1].clamp(min=1)
         return mean if self._values is None else self._values + mean
 
+    @property
+    def keeps_rows(self) -> bool:
+        """No rank holds a task's whole gradient."""
+        return False
+
     def products(self, changes: Mapping[int, Tensor]) -> Tensor:
         """Not here: no rank holds a task's whole gradient."""
         raise RuntimeError("with a process_group the tasks' gradients do not outlive backward")

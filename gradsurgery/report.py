@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
+import math
 from dataclasses import dataclass
-from os import PathLike
-from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gradsurgery import _history, _plot, _tables
-
-if TYPE_CHECKING:
-    from gradsurgery.optimizer import AdaptiveGradientSurgery
+from gradsurgery._history import History
 
 __all__ = ["History", "SurgeryReport"]
+
+# Beyond this the columns of the printed table carry numbers, so that it stays readable.
+_MOST_NAMED_COLUMNS = 6
+_MOST_PARTS = 12
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,45 @@ class SurgeryReport:
             (weights * along).sum(-1),
         )
 
-    def whole(self) -> SurgeryReport:
-        """The same without parts: of the model as a whole, exactly, as parts do not overlap.
+    def __str__(self) -> str:
+        """A table for a person: one row per task. Reads the tensors, so it waits for the device."""
+        if not self.parts:
+            return self._table()
+        rates = self.conflicts.tolist()
+        order = sorted(range(len(self.parts)), key=lambda part: -rates[part])
+        shown = order[:_MOST_PARTS]
+        tables = [
+            f"{self.parts[part]}\n"
+            + SurgeryReport(self.names, self.gram[part], self.weights[part])._table()
+            for part in shown
+        ]
+        if len(order) > len(shown):
+            tables.append(f"and {len(order) - len(shown)} more parts")
+        return "\n\n".join(tables)
 
-        Norms, cosines and conflicts are those of the whole gradients. There is no one w: `weights`
-        are those of the sum's length along each task, Σ_p w_pt M_p,tt / Σ_p M_p,tt.
-        """
-        raise NotImplementedError
+    def _table(self) -> str:
+        names = list(self.names)
+        columns = names
+        if len(names) > _MOST_NAMED_COLUMNS:
+            columns = [str(number) for number in range(1, len(names) + 1)]
+            names = [f"{number} {name}" for number, name in zip(columns, names, strict=True)]
+        header = ["task", "norm", "weight", *(f"cos {column}" for column in columns)]
+        norms, weights, cosine = self.norms.tolist(), self.weights.tolist(), self.cosine.tolist()
+        rows = [
+            [name, f"{norm:.4g}", f"{weight:.4g}", *(f"{value:+.3f}" for value in line)]
+            for name, norm, weight, line in zip(names, norms, weights, cosine, strict=True)
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if position == 0 else cell.rjust(width)
+                for position, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (header, *rows)
+        ]
+        if math.isnan(norms[0]):
+            lines.append("gradients were not measured")
+            return "\n".join(lines).replace("+nan", " - ").replace("nan", "-")
+        pairs = len(names) * (len(names) - 1) // 2
+        lines.append(f"{int(self.conflicts)} of {pairs} pairs in conflict")
+        return "\n".join(lines)

@@ -496,6 +496,11 @@ class Surgery:
             self._parts = key, Parts(self.options, self.optimizer, parameters)
         return self._parts[1]
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether `keep_rows` can be set."""
+        return True
+
     def products(self, changes: Mapping[int, Tensor]) -> Tensor:
         """g_t·change over the parameters that the last call operated on, [T] float64.
 

