@@ -22,7 +22,7 @@ OPTIMAL = 1e-6
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=["native", pytest.param("torch", marks=pytest.mark.slow)])
 def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "native" and not native.available():
         pytest.skip("was built without a C compiler")

@@ -24,7 +24,18 @@ from torch.optim.optimizer import (
 import gradsurgery
 from gradsurgery import AdaptiveGradientSurgery
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+# Options that no other path than the step itself sees are of the long part.
+OFTEN = [(), ("fused",), ("tensor_lr",), ("momentum",)]
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        case
+        if tuple(name for name, _ in case.options) in OFTEN
+        else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+    ids=str,
+)
 SGD = Case("SGD", (("momentum", 0.9),))
 ADAMW = Case("AdamW", (("fused", True),), "gradvac")
 LBFGS = Case("LBFGS")
