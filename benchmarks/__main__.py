@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    compare,
+    compare_report,
     diagnoses,
     estimate,
     less_work,
@@ -28,7 +30,9 @@ from benchmarks import (
     table,
 )
 from benchmarks.models import GRAPHS, MODELS
-from benchmarks.rows import Rows, read
+from benchmarks.problems import PROBLEMS
+from benchmarks.rows import Row, Rows, read
+from gradsurgery.methods import available
 
 RESULTS = Path("runs/benchmarks.jsonl")
 
@@ -172,6 +176,29 @@ COMMANDS = {
         },
         {"ranks": [2], "tasks": [2], "side": 128, "batch": 8, "rounds": 3},
     ),
+    "compare": Command(
+        compare.run,
+        "does it help? every method beside tuned baselines, on three small problems",
+        {
+            "problems": [*PROBLEMS],
+            "methods": [*available()],
+            "steps": None,
+            "rates": None,
+            "seeds": 5,
+            "validation_seeds": 2,
+            "rounds": 11,
+            "jobs": 2,
+        },
+        {
+            "methods": ["ags", "mgda", "upgrad"],
+            "steps": 10,
+            "rates": 2,
+            "seeds": 2,
+            "validation_seeds": 1,
+            "rounds": 1,
+            "jobs": 1,
+        },
+    ),
 }
 
 
@@ -186,12 +213,17 @@ def _numbers(text: str) -> list[int]:
     return [_number(part) for part in text.split(",")]
 
 
-def _models(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in MODELS:
-            raise argparse.ArgumentTypeError(f"models are {', '.join(MODELS)}; got {name!r}")
-    return names
+def _names(what: str, known: Collection[str]) -> Callable[[str], list[str]]:
+    """A reader of names, with commas between them."""
+
+    def read_names(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{what} are {', '.join(known)}; got {name!r}")
+        return names
+
+    return read_names
 
 
 def _dtype(text: str) -> torch.dtype:
@@ -210,9 +242,13 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "width": _number,
     "widths": _numbers,
     "counts": _numbers,
-    "models": _models,
-    "methods": lambda text: text.split(","),
+    "models": _names("models", MODELS),
+    "methods": _names("methods", available()),
+    "problems": _names("problems", PROBLEMS),
     "seeds": _number,
+    "validation_seeds": _number,
+    "rates": _number,
+    "jobs": _number,
     "dtype": _dtype,
     "backend": str,
     "batch": _number,
@@ -268,10 +304,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 1 where every row is a failure."""
     options = _parser().parse_args(arguments)
     if options.command == "table":
-        print(table.tables(read(options.path)))
+        print(_tables(read(options.path)))
     elif options.command == "plot":
-        for path in plot.plots(read(options.path), options.output_dir):
-            print(path)
+        rows = read(options.path)
+        for draw in (plot.plots, compare_report.plots):
+            for path in draw(rows, options.output_dir):
+                print(path)
     elif options.command == "estimate":
         given = {key: value for key, value in vars(options).items() if key != "command"}
         print(estimate.estimate(**given))
@@ -284,6 +322,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _tables(rows: Sequence[Row]) -> str:
+    others = [row for row in rows if row["benchmark"] != "compare"]
+    return "\n\n".join(filter(None, (table.tables(others), compare_report.tables(rows))))
+
+
 def _measure(command: Command, options: argparse.Namespace) -> int:
     """Append rows, then print the tables of what was appended."""
     settings = {**command.full, **(command.quick if options.quick else {})}
@@ -294,7 +337,7 @@ def _measure(command: Command, options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     rows = Rows(options.output, device)
     command.run(rows, **settings, device=device)
-    print(table.tables(rows.written))
+    print(_tables(rows.written))
     return int(all("error" in row for row in rows.written))
 
 

@@ -78,7 +78,9 @@ class _Results:
     def against(self, rows: Iterable[Row], others: Iterable[Row]) -> tuple[str, str]:
         """The mean difference of the scores with its interval, and seeds won : lost."""
         own, base = self.values(rows), self.values(others)
-        pairs = [own[seed] - base[seed] for seed in own if seed in base]
+        both = [(own[seed], base[seed]) for seed in own if seed in base]
+        # Less than the rounding of float32 training is a tie.
+        pairs = [0.0 if math.isclose(a, b, rel_tol=1e-5) else a - b for a, b in both]
         found = estimate(pairs)
         if found is None:
             return "", ""
@@ -216,13 +218,15 @@ def plots(rows: Iterable[Row], directory: Path) -> list[Path]:
         if not cases:
             continue
         wide = results.kind.name == "pareto"
-        size = (12.0 if wide else 7.2, 1.8 + 0.24 * len(cases))
+        size = (12.0 if wide else 7.2, max(4.2, 1.8 + 0.24 * len(cases)))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, 2 if wide else 1, squeeze=False)[0]
         _scores(axes[0], results, cases)
         if wide:
             _front(axes[1], results, cases)
-        figure.legend(handles=_handles(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(
+            handles=_handles(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        )
         row = results.all[0]
         figure.suptitle(
             f"{results.kind.name}: {results.score} on {_seeds(results, 'test')} test seeds\n"

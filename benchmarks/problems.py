@@ -261,11 +261,11 @@ class Oscillator(Problem):
     name = "physics"
     objectives = ("residual", "position", "velocity")
     metrics = ("relative_error", "residual", "position", "velocity")
-    rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    rates = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     weights = tuple(
         (1.0, *both) for both in itertools.product((1.0, 1e2, 1e4, 1e6), (1.0, 1e2, 1e4))
     )
-    steps = 600
+    steps = 500
 
     def _make(self) -> nn.Module:
         return nn.ModuleList([nn.Linear(1, 32), nn.Linear(32, 32), nn.Linear(32, 1)])

@@ -32,7 +32,9 @@ TINY = {
 
 
 def tiny(command: str, path: Path) -> list[Row]:
-    assert main([command, "--quick", "--device=cpu", f"--output={path}", *TINY[command]]) == 0
+    assert (
+        main([command, "--quick", "--device=cpu", f"--output={path}", *TINY.get(command, ())]) == 0
+    )
     return read(path)
 
 
@@ -44,7 +46,17 @@ def rows_of(seed: int, count: int, width: int = 50) -> Tensor:
 # ----------------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"memory"}))
+# These say other things than times; they have tests of their own.
+OTHERS = {"memory", "metric", "compare"}
+
+
+def test_steps_that_raise_a_loss_are_counted(tmp_path: Path) -> None:
+    rows = tiny("metric", tmp_path / "rows.jsonl")
+    assert {(row["optimizer"], row["metric"]) for row in rows} >= {("Adam", "optimizer")}
+    assert all(0 <= row["raised"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - OTHERS))
 def test_command_leaves_whole_rows(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -244,6 +244,7 @@ def test_sum_gets_the_steps_that_fit_into_the_method_s_time(tmp_path: Path) -> N
         assert row["steps"] == max(1, round(5 * row["over_sum"]))
 
 
+@pytest.mark.slow
 def test_same_seeds_give_the_same_numbers_in_any_number_of_processes(tmp_path: Path) -> None:
     one, two = (
         measured(tmp_path / f"{jobs}.jsonl", methods=["ags", "random"], jobs=jobs)
