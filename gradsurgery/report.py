@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery._history import History
+from gradsurgery._text import number, table
 
 __all__ = ["History", "SurgeryReport"]
 
@@ -90,44 +91,52 @@ class SurgeryReport:
         )
 
     def __str__(self) -> str:
-        """A table for a person: one row per task. Reads the tensors, so it waits for the device."""
-        if not self.parts:
-            return self._table()
-        rates = self.conflicts.tolist()
-        order = sorted(range(len(self.parts)), key=lambda part: -rates[part])
-        shown = order[:_MOST_PARTS]
-        tables = [
-            f"{self.parts[part]}\n"
-            + SurgeryReport(self.names, self.gram[part], self.weights[part])._table()
-            for part in shown
-        ]
-        if len(order) > len(shown):
-            tables.append(f"and {len(order) - len(shown)} more parts")
-        return "\n\n".join(tables)
+        """A table for a person, of tasks or of parts. Reads the tensors: waits for the device."""
+        return self._table_of_parts() if self.parts else self._table_of_tasks()
 
-    def _table(self) -> str:
+    def _table_of_tasks(self) -> str:
         names = list(self.names)
         columns = names
         if len(names) > _MOST_NAMED_COLUMNS:
-            columns = [str(number) for number in range(1, len(names) + 1)]
-            names = [f"{number} {name}" for number, name in zip(columns, names, strict=True)]
-        header = ["task", "norm", "weight", *(f"cos {column}" for column in columns)]
+            columns = [str(place) for place in range(1, len(names) + 1)]
+            names = [f"{place} {name}" for place, name in zip(columns, names, strict=True)]
+        rows = [["task", "norm", "weight", *(f"cos {column}" for column in columns)]]
         norms, weights, cosine = self.norms.tolist(), self.weights.tolist(), self.cosine.tolist()
-        rows = [
-            [name, f"{norm:.4g}", f"{weight:.4g}", *(f"{value:+.3f}" for value in line)]
+        rows += [
+            [name, number(norm), number(weight), *(number(value, "+.3f") for value in line)]
             for name, norm, weight, line in zip(names, norms, weights, cosine, strict=True)
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if position == 0 else cell.rjust(width)
-                for position, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (header, *rows)
-        ]
-        if math.isnan(norms[0]):
-            lines.append("gradients were not measured")
-            return "\n".join(lines).replace("+nan", " - ").replace("nan", "-")
+        if all(map(math.isnan, norms)):
+            return f"{table(rows)}\ngradients were not measured"
         pairs = len(names) * (len(names) - 1) // 2
-        lines.append(f"{int(self.conflicts)} of {pairs} pairs in conflict")
-        return "\n".join(lines)
+        return (
+            f"{table(rows)}\ncombined gradient: {number(float(self.scale), '.3g')} of the plain "
+            f"sum's length, cosine {number(float(self.turned), '.3f')} to it\n"
+            f"{int(self.conflicts)} of {pairs} pairs in conflict"
+        )
+
+    def _table_of_parts(self) -> str:
+        """A row per part, those with most conflicts first, of these the sharpest one."""
+        tasks = len(self.names)
+        first, second = torch.triu_indices(tasks, tasks, 1, device=self.gram.device)
+        lowest, place = self.cosine[..., first, second].min(-1)
+        counts, least, pairs = self.conflicts.tolist(), lowest.tolist(), place.tolist()
+        scale, turned = self.scale.tolist(), self.turned.tolist()
+        order = sorted(range(len(self.parts)), key=lambda part: (-counts[part], least[part]))
+        rows = [["part", "conflicts", "lowest cos", "of", "length", "turned"]]
+        for part in order[:_MOST_PARTS]:
+            pair = self.names[first[pairs[part]]], self.names[second[pairs[part]]]
+            rows.append(
+                [
+                    self.parts[part],
+                    f"{counts[part]} of {len(first)}",
+                    number(least[part], "+.3f"),
+                    ", ".join(pair),
+                    number(scale[part], ".3g"),
+                    number(turned[part], ".3f"),
+                ]
+            )
+        hidden = max(len(self.parts) - _MOST_PARTS, 0)
+        more = f"and {hidden} more parts\n" if hidden else ""
+        total = len(first) * len(self.parts)
+        return f"{table(rows)}\n{more}{sum(counts)} of {total} pairs in conflict"

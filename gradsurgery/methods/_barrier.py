@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from gradsurgery.kernels import tasks
-from gradsurgery.methods._quadratic import scale, unscale
+from gradsurgery.methods._projection import divide_or_zero
+from gradsurgery.methods._quadratic import scale
 
 __all__ = ["balance", "ridge_of"]
 
 _STEPS = 60
-_MOVES = 60
+_MOST_MOVES = 300
 
 
 def ridge_of(resolution: float) -> float:
@@ -36,22 +39,31 @@ def balance(gram: Tensor, p: float, ridge: float) -> Tensor:
     # Nash's bargain, p = 1, depends on no norm; the best multiple of ones, to begin with.
     square = c.sum((-1, -2))[..., None].clamp(min=ridge)
     y = (gram.shape[-1] / square).sqrt().expand(logs.shape)
-    y = _follow(c, torch.ones_like(y), 1.0, y, _STEPS)
-    # From there to p, step by step: the norms come in.
-    for move in range(1, _MOVES + 1) if p != 1 else ():
-        now = 1 + (p - 1) * move / _MOVES
-        y = _follow(c, ((now - 1) * logs).exp(), now, y, _STEPS if move == _MOVES else 3)
+    y = _follow(c, torch.zeros_like(y), 1.0, y, _STEPS)
+    # From there to α = 1/p, step by step: the norms come in. With 1e24 between them y may change by
+    # 1e24 for each 1 of α.
+    moves = min(math.ceil(56 * abs(1 / p - 1)), _MOST_MOVES)
+    for move in range(1, moves + 1):
+        now = 1 / (1 + (1 / p - 1) * move / moves)
+        steps = _STEPS if move == moves else 3 if p < 1 else 6
+        y = _follow(c, (now - 1) * logs, now, y, steps)
     # The geometric mean was taken out of k; y grows by its (1 + p)th root.
-    y = y * ((p - 1) * geometric / (1 + p)).exp()
-    return unscale(y, norms)
+    return divide_or_zero(y * ((p - 1) * geometric / (1 + p)).exp(), norms)
 
 
-def _follow(c: Tensor, k: Tensor, p: float, y: Tensor, steps: int) -> Tensor:
-    """Newton from y. Steps are kept so short that the Hessian stays about what it is."""
+def _follow(c: Tensor, log_k: Tensor, p: float, y: Tensor, steps: int) -> Tensor:
+    """Newton from y. Steps are kept so short that the Hessian stays about what it is.
+
+    For log(C y) = log(k y^(-p)) where C y > 0, as a large p makes the other form steep.
+    """
     for _ in range(steps):
-        push = k * y**-p
-        gap = push - (c @ y[..., None])[..., 0]
-        factor, _ = torch.linalg.cholesky_ex(c + torch.diag_embed(p * push / y))
+        pull = (c @ y[..., None])[..., 0]
+        log_push = log_k - p * y.log()
+        push = log_push.exp()
+        mild = push < 10 * pull
+        gap = torch.where(mild, pull * (log_push - pull.clamp(min=1e-300).log()), push - pull)
+        slope = p * torch.where(mild, pull, push) / y
+        factor, _ = torch.linalg.cholesky_ex(c + torch.diag_embed(slope))
         step = torch.cholesky_solve(gap[..., None], factor)[..., 0]
         most = (step.abs() / y).amax(-1, keepdim=True)
         y = y + step * (0.7 / most).clamp(max=1)

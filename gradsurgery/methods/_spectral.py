@@ -1,107 +1,90 @@
-"""Eigenvectors of small symmetric matrices without waiting for a device, and what rests on them."""
+"""Which gradients depend on each other, by Cholesky's method with pivots, and what rests on it."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["eigen", "pseudo_solve", "rank_tolerance"]
-
-_SWEEPS = 12
+__all__ = ["Basis", "basis_of", "gram_factor", "pseudo_solve", "rank_tolerance"]
 
 
 def rank_tolerance(gram: Tensor, resolution: float, least: float = 1e-10) -> float:
-    """Up to where, beside the largest, an eigenvalue of M or of its cosines counts as zero.
+    """Squared sine of the angle to the span of others up to which a gradient counts as in it.
 
     Args:
         gram: [..., T, T].
         resolution: of its entries.
-        least: what is smaller would make of its rounding an error of 1e-6 in the result.
+        least: the rounding of what is smaller would make an error of 1e-6 in the result.
     """
     return max(4 * gram.shape[-1] * resolution, least)
 
 
-def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [..., T], in no order, and eigenvectors [..., T, T] in columns.
+class Basis(NamedTuple):
+    """C = F Fᵀ up to the tolerance, F = W F_1, with F_1 the rows of F of r independent gradients.
 
-    LAPACK on the CPU. Elsewhere Jacobi's method, as torch.linalg.eigh waits for the device: T / 2
-    disjoint rotations at once, T - 1 such rounds a sweep.
-
-    Source: Golub and Van Loan, "Matrix Computations", section 8.5 (parallel ordering).
+    Every matrix is [..., T, T]: columns from r on are zero, and those of F_1 unit vectors.
     """
-    if matrix.device.type == "cpu":
-        values, vectors = torch.linalg.eigh(torch.nan_to_num(matrix, 0.0, 0.0, 0.0))
-        return values, vectors
-    return jacobi(matrix)
+
+    factor: Tensor
+    """F, rows in the order of the tasks."""
+
+    lower: Tensor
+    """F_1, lower triangular."""
+
+    spread: Tensor
+    """W: every gradient from the independent ones."""
+
+    order: Tensor
+    """[..., T]: which task the k-th independent gradient is."""
+
+    kept: Tensor
+    """[..., T]: k < r."""
 
 
-def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """See `eigen`."""
-    count = matrix.shape[-1]
-    padded = count + count % 2
-    a = torch.nn.functional.pad(matrix, (0, padded - count, 0, padded - count))
-    eye = torch.eye(padded, dtype=matrix.dtype, device=matrix.device)
-    vectors = eye.expand_as(a)
-    # A round robin of all pairs: the first player stays, the others move on by one seat.
-    seats = list(range(padded))
-    for _ in range(_SWEEPS):
-        for _ in range(max(padded - 1, 1)):
-            half = padded // 2
-            top, bottom = seats[:half], seats[half:][::-1]
-            # By seat: the pairs are (0, 1), (2, 3), ... after this permutation.
-            order = [player for pair in zip(top, bottom, strict=True) for player in pair]
-            at = torch.tensor(order).to(matrix.device, non_blocking=True)
-            a = a.index_select(-1, at).index_select(-2, at)
-            vectors = vectors.index_select(-1, at)
-            rotation = _rotations(a)
-            a = rotation.mT @ a @ rotation
-            vectors = vectors @ rotation
-            # Players are now known by their seats: 0..T-1 again.
-            seats = _next(order)
-    values = a.diagonal(dim1=-2, dim2=-1)
-    if padded > count:
-        # The one that was added: its vector is the last unit vector.
-        added = vectors[..., -1, :].square()
-        rank = added.argsort(dim=-1)[..., :count]
-        values = values.gather(-1, rank)
-        vectors = vectors[..., :count, :].gather(
-            -1, rank[..., None, :].expand(*rank.shape[:-1], count, count)
-        )
-    return values, vectors
+def basis_of(cosines: Tensor, tolerance: float, size: Tensor | None = None) -> Basis:
+    """Choose independent gradients one by one, in T steps.
 
-
-def _next(order: list[int]) -> list[int]:
-    """Seats for the next round, by the places that players have now."""
-    half = len(order) // 2
-    top, bottom = list(range(0, 2 * half, 2)), list(range(1, 2 * half, 2))
-    circle = [*top, *bottom[::-1]]
-    return [circle[0], *circle[2:], *circle[1:2]]
-
-
-def _rotations(a: Tensor) -> Tensor:
-    """One orthogonal matrix that takes a_{2i, 2i+1} to zero for every i."""
-    first, second = a.diagonal(dim1=-2, dim2=-1)[..., 0::2], a.diagonal(dim1=-2, dim2=-1)[..., 1::2]
-    between = a.diagonal(offset=1, dim1=-2, dim2=-1)[..., 0::2]
-    still = between == 0
-    slope = (second - first) / (2 * torch.where(still, 1.0, between))
-    sign = torch.where(slope >= 0, 1.0, -1.0)
-    tangent = sign / (slope.abs() + (slope.square() + 1).sqrt())
-    tangent = torch.where(still, 0.0, tangent)
-    cosine = 1 / (tangent.square() + 1).sqrt()
-    sine = tangent * cosine
-    rotation = torch.diag_embed(torch.stack([cosine, cosine], -1).flatten(-2))
-    off = torch.stack([sine, torch.zeros_like(sine)], -1).flatten(-2)[..., :-1]
-    return rotation + torch.diag_embed(off, offset=1) - torch.diag_embed(off, offset=-1)
-
-
-def pseudo_solve(matrix: Tensor, right: Tensor, tolerance: float) -> Tensor:
-    """The least-squares solution of least norm: matrix⁺ right, [..., T, T], [..., T] -> [..., T].
-
-    Eigenvalues up to `tolerance` times the largest count as zero.
+    Args:
+        cosines: C, [..., T, T] with ones on its diagonal.
+        tolerance: see `rank_tolerance`.
+        size: [..., T]. The next one is that with most left of size², not of 1.
     """
-    values, vectors = eigen(matrix)
-    most = values.amax(-1, keepdim=True)
-    kept = values > tolerance * most
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
-    coordinates = (vectors.mT @ right[..., None])[..., 0]
-    return (vectors @ (inverse * coordinates)[..., None])[..., 0]
+    count = cosines.shape[-1]
+    left, free = torch.ones_like(cosines[..., 0]), torch.ones_like(cosines[..., 0]).bool()
+    square = left if size is None else size.square()
+    factor, chosen, pivots = torch.zeros_like(cosines), [], []
+    for k in range(count):
+        at = torch.where(free & (left > tolerance), left * square, -1.0).argmax(-1, keepdim=True)
+        pivot = torch.where(free, left, 0.0).gather(-1, at)
+        row = at[..., None].expand(*at.shape, count)
+        done = (factor @ factor.gather(-2, row).mT)[..., 0]
+        column = (cosines.gather(-2, row)[..., 0, :] - done) / pivot.clamp(min=tolerance).sqrt()
+        column = torch.where((pivot > tolerance) & free, column, 0.0)
+        factor[..., k] = column
+        left = left - column.square()
+        free = free.scatter(-1, at, False)
+        chosen.append(at)
+        pivots.append(pivot)
+    order, kept = torch.cat(chosen, -1), torch.cat(pivots, -1) > tolerance
+    rows = factor.gather(-2, order[..., None].expand_as(factor))
+    eye = torch.eye(count, dtype=cosines.dtype, device=cosines.device)
+    lower = torch.where(kept[..., None], rows.tril(), eye)
+    spread = torch.linalg.solve_triangular(lower, factor, upper=False, left=False)
+    return Basis(factor, lower, spread, order, kept)
+
+
+def pseudo_solve(basis: Basis, right: Tensor) -> Tensor:
+    """The least-squares solution of least norm: C⁺ right, [..., T]."""
+    both = gram_factor(basis.spread, basis.kept)
+    x = torch.cholesky_solve(basis.spread.mT @ right[..., None], both)
+    x = torch.cholesky_solve(x, basis.lower)
+    return (basis.spread @ torch.cholesky_solve(x, both))[..., 0]
+
+
+def gram_factor(spread: Tensor, kept: Tensor) -> Tensor:
+    """Cholesky's factor of WᵀW, which W's unit rows keep away from singular: [..., T, T]."""
+    both = spread.mT @ spread + torch.diag_embed((~kept).to(spread))
+    factor: Tensor = torch.linalg.cholesky_ex(both)[0]
+    return factor

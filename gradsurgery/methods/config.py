@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._quadratic import scale, unscale
-from gradsurgery.methods._spectral import pseudo_solve, rank_tolerance
+from gradsurgery.methods._projection import divide_or_zero
+from gradsurgery.methods._quadratic import scale
+from gradsurgery.methods._spectral import basis_of, pseudo_solve, rank_tolerance
 
 __all__ = ["ConFIG"]
 
@@ -19,13 +20,13 @@ __all__ = ["ConFIG"]
 def equal_angles(gram: Tensor, tolerance: float) -> Tensor:
     """x = U⁺1 by its coefficients, times Σ_i g_i·x / ‖x‖²: [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
-    y = pseudo_solve(cosines, (norms > 0).to(gram.dtype), tolerance)
+    y = pseudo_solve(basis_of(cosines, tolerance), (norms > 0).to(gram.dtype))
     product = (cosines @ y[..., None])[..., 0]
     square = (y * product).sum(-1)
     there = square > 1e-24 * y.abs().sum(-1).square()
     length = (norms * product).sum(-1)
     factor = torch.where(there, length / torch.where(there, square, 1.0), 0.0)
-    return unscale(factor[..., None] * y, norms)
+    return divide_or_zero(factor[..., None] * y, norms)
 
 
 class ConFIG(Method):

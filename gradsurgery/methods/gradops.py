@@ -9,32 +9,32 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._quadratic import scale, unscale
-from gradsurgery.methods._spectral import eigen, rank_tolerance
+from gradsurgery.methods._projection import divide_or_zero
+from gradsurgery.methods._quadratic import scale
+from gradsurgery.methods._spectral import basis_of, rank_tolerance
 
 __all__ = ["GradOPS"]
-
-_IN_SPAN = 1e-8
 
 
 @tasks.step("gradops")
 def project_out(gram: Tensor, tolerance: float, noise: float) -> Tensor:
     """Coefficients of Σ_i g_i': [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
-    values, vectors = eigen(cosines)
-    kept = (values > tolerance * values.amax(-1, keepdim=True))[..., None, :]
-    divisors = torch.where(kept, values[..., None, :], 1.0)
-    basis = torch.where(kept, vectors, 0.0)
-    inverse = (basis / divisors) @ basis.mT
-    own = inverse.diagonal(dim1=-2, dim2=-1)
-    # A gradient in the span of the others: nothing is left of it.
-    alone = basis.square().sum(-1) > 1 - _IN_SPAN
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    projected = inverse / torch.where(alone, own, torch.inf)[..., None]
+    basis = basis_of(cosines, tolerance)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    # What is left of each independent gradient: A⁻¹ over its diagonal, with A their cosines.
+    inverse = torch.cholesky_solve(eye, basis.lower)
+    projected = inverse / inverse.diagonal(dim1=-2, dim2=-1)[..., None]
+    # One that any dependent gradient is made of lies in the span of the others itself.
+    dependent = torch.ones_like(norms).scatter(-1, basis.order, (~basis.kept).to(gram.dtype))
+    needed = (basis.spread.abs() * dependent[..., None]).amax(-2) > noise**0.5
+    taken = torch.where((needed | ~basis.kept)[..., None], 0.0, projected)
+    at = basis.order[..., None]
+    each = torch.zeros_like(gram).scatter(-2, at.expand_as(gram), taken)
+    each = torch.zeros_like(gram).scatter(-1, at.mT.expand_as(gram), each)
     conflicts = (cosines < -noise).any(-1, keepdim=True)
-    each = torch.where(conflicts, projected, eye)
-    sums = (norms[..., :, None] * each).sum(-2)
-    return torch.where(norms > 0, unscale(sums, norms), 1.0)
+    sums = (norms[..., :, None] * torch.where(conflicts, each, eye)).sum(-2)
+    return torch.where(norms > 0, divide_or_zero(sums, norms), 1.0)
 
 
 class GradOPS(Method):

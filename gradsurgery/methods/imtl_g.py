@@ -10,8 +10,8 @@ from torch import Tensor
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
 from gradsurgery.methods._projection import divide_or_zero
-from gradsurgery.methods._quadratic import scale, unscale
-from gradsurgery.methods._spectral import pseudo_solve, rank_tolerance
+from gradsurgery.methods._quadratic import scale
+from gradsurgery.methods._spectral import basis_of, pseudo_solve, rank_tolerance
 
 __all__ = ["IMTLG"]
 
@@ -20,7 +20,8 @@ __all__ = ["IMTLG"]
 def equal_projections(gram: Tensor, tolerance: float) -> Tensor:
     """C⁺1 / n, divided by its sum: [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
-    w = unscale(pseudo_solve(cosines, (norms > 0).to(gram.dtype), tolerance), norms)
+    y = pseudo_solve(basis_of(cosines, tolerance), (norms > 0).to(gram.dtype))
+    w = divide_or_zero(y, norms)
     total, size = w.sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
     return divide_or_zero(w, torch.where(total.abs() > 1e-12 * size, total, 0.0))
 

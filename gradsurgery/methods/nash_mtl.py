@@ -25,7 +25,7 @@ class NashMTL(Method):
     sequence of twenty approximations; weights are solved at every call (the plugin's `every=` is
     the authors' `update_weights_every`). At a Pareto-stationary point it has no solution, and near
     one w grows without bound: 1e-12 is added to the squared cosine of each gradient with itself
-    (four times M's relative accuracy, where that is more), so w_i‖g_i‖ stays below 1e6.
+    (four times M's relative accuracy, where that is more), so Σ_i (w_i‖g_i‖)² stays below 1e12 T.
 
     Source: Navon et al., arXiv 2202.01017, claim 3.1 and algorithm 1.
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gradsurgery.kernels import native, tasks
 from gradsurgery.methods import IMTLG, AlignedMTL, ConFIG, FairGrad, GradOPS, NashMTL, Rescaled
-from gradsurgery.methods._spectral import jacobi
 
 OPTIMAL = 1e-6
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +101,11 @@ def pseudo_inverse_times_one(cosines: Tensor) -> tuple[Tensor, float]:
     return y, OPTIMAL + 1e-14 * float(values.max() / values[kept].min())
 
 
-@every_family
+# Where the rank is not clear, least squares has several answers: see test_spectral_methods.
+CLEAR = [family for family in FAMILIES if family != "rank one and noise"]
+
+
+@pytest.mark.parametrize("family", CLEAR)
 def test_imtl_g_and_config_look_the_same_way(family: str, version: str) -> None:
     """C y = 1 by least squares; IMTL-G sums to 1, ConFIG is as long as the projections together."""
     for gradients in cases(family, version):
@@ -211,19 +214,3 @@ def test_rescaled_gives_any_of_them_the_length_of_the_sum(version: str) -> None:
         alone = gradients.T @ method.weights(gradients @ gradients.T)
         cosine = combined @ alone / combined.norm() / alone.norm()
         assert float(cosine) == pytest.approx(1, abs=1e-12)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13, 40, 64])
-def test_jacobi_is_an_eigendecomposition(count: int) -> None:
-    """What runs where LAPACK would wait for the device."""
-    gradients = torch.stack([gradients_of("independent", count), gradients_of("equal", count)])
-    gram = gradients @ gradients.mT
-    values, vectors = jacobi(gram)
-    eye = torch.eye(count, dtype=torch.float64)
-    size = values.amax(-1)[:, None, None]
-    # Rounding of T rotations in a row, several times over.
-    close = 1e-15 * 10 * count
-    assert ((vectors.mT @ vectors - eye).abs() < close).all()
-    assert ((vectors @ torch.diag_embed(values) @ vectors.mT - gram).abs() < close * size).all()
-    exact = torch.linalg.eigvalsh(gram)
-    assert ((values.sort(-1).values - exact).abs() < close * size[..., 0]).all()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -132,3 +135,88 @@ def test_wrong_input() -> None:
 
     with pytest.raises(ValueError, match="the same for every batch"):
         diagnose(model, changing, BATCHES)
+
+
+def sometimes(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """`weights_would_do` in every fourth batch; no conflict in the others."""
+    if any(x is batch for batch in BATCHES[::4]):
+        return weights_would_do(model, x)
+    w = model.shared.weight
+    return [w[0].sum(), w[1].sum()]
+
+
+def test_surgery_now_and_then_is_not_lost_in_the_median() -> None:
+    found = diagnose(Shared(), sometimes, BATCHES)
+    assert found.verdict == "maybe"
+    assert found.turned_degrees == pytest.approx(0, abs=1e-4)
+    assert found.turned_share == pytest.approx(0.25)
+
+
+def test_the_interval_knows_how_few_batches_there_were() -> None:
+    """Wilson's for 3 of 3 is [3 / (3 + z²), 1]."""
+    low, high = diagnose(Shared(), only_a_rescale, BATCHES[:3]).conflict_interval
+    assert (low, high) == pytest.approx((3 / (3 + 1.96**2), 1))
+
+
+def test_a_model_from_outside_is_refused_and_its_gradients_stay() -> None:
+    model = Shared()
+
+    def half(net: nn.Module, x: Tensor) -> list[Tensor]:
+        out = model.norm(net.shared(x))
+        return [out.mean(), out.square().mean()]
+
+    with pytest.raises(ValueError, match="must use the model that it is given"):
+        diagnose(model, half, BATCHES)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_the_losses_bring_along_keeps_its_gradient() -> None:
+    factor = nn.Parameter(torch.ones(()))
+    kept = factor.grad = torch.full((), 3.0)
+    stream = random.getstate()
+
+    def scaled(net: nn.Module, x: Tensor) -> list[Tensor]:
+        return [factor * random.random() * loss for loss in pointless(net, x)]
+
+    model = Shared()
+    diagnose(model, scaled, BATCHES, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert factor.grad is kept
+    assert float(kept) == 3.0
+    assert random.getstate() == stream
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_gradients_that_are_not_finite_have_no_verdict(bad: float) -> None:
+    def broken(net: nn.Module, x: Tensor) -> list[Tensor]:
+        return [loss * (bad if x is BATCHES[2] else 1) for loss in pointless(net, x)]
+
+    with pytest.raises(ValueError, match="batch 2 are not finite"):
+        diagnose(Shared(), broken, BATCHES)
+
+
+def test_only_what_the_optimizer_holds_is_looked_at() -> None:
+    model = Shared()
+    for p in model.norm.parameters():
+        p.requires_grad_(False)
+    whole = diagnose(model, pointless, BATCHES)
+    bias = diagnose(model, pointless, BATCHES, torch.optim.SGD([model.shared.bias], lr=0.1))
+    assert (bias.norms < whole.norms).all()
+
+
+def test_batches_are_used_as_they_come() -> None:
+    alive: list[Any] = []
+    most: list[int] = []
+
+    def stream() -> Iterator[Tensor]:
+        for _ in range(6):
+            batch = torch.randn(8, 4)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    def counting(net: nn.Module, x: Tensor) -> list[Tensor]:
+        most.append(sum(each() is not None for each in alive))
+        return pointless(net, x)
+
+    assert diagnose(Shared(), counting, stream()).batches == 6
+    assert max(most) == 1

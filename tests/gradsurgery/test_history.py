@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +86,122 @@ def test_steps_without_a_new_surgery_leave_no_record() -> None:
     assert history.read()["step"].tolist() == [0, 3]
 
 
-def test_other_tasks_begin_a_new_record() -> None:
+def test_other_tasks_have_a_segment_of_their_own_and_go_on_in_it() -> None:
+    """Also where loaders alternate; a single task, which is no surgery, leaves no record."""
+    model = Net()
+    optimizer = plugin(model)
+    history = History(optimizer)
+    for index in range(7):
+        losses = list(model.losses(index).values())
+        optimizer.zero_grad()
+        optimizer.backward(losses[: 1 if index == 3 else 2 + index % 2])
+        optimizer.step()
+    two, three = ("task_0", "task_1"), ("task_0", "task_1", "task_2")
+    assert history.segments == [two, three]
+    assert history.names == two
+    assert history.read()["step"].tolist() == [0, 2, 4, 6]
+    assert history.read(1)["step"].tolist() == [1, 5]
+
+
+def test_attached_between_backward_and_step_it_begins_with_the_next_surgery() -> None:
+    model = Net()
+    optimizer = plugin(model)
+    optimizer.backward(model.losses(0))
+    history = History(optimizer, step_effect=True)
+    optimizer.step()
+    assert len(history) == 0
+    train(model, optimizer, range(1, 3))
+    assert history.read()["step"].tolist() == [1, 2]
+
+
+def test_a_closure_runs_backward_within_the_step() -> None:
+    """Nothing is known before the very first step; then as without a closure."""
+    model = Net()
+    optimizer = plugin(model)
+    history = History(optimizer, step_effect=True)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = model.losses(0)
+        optimizer.backward(losses)
+        return sum(loss.detach() for loss in losses.values())
+
+    for _ in range(3):
+        optimizer.step(closure)
+    found = history.read()
+    assert found["effect"][0].isnan().all()
+    wanted = -0.01 * (found["gram"] @ found["weights"][..., None])[..., 0]
+    # float64; θ + Δθ is rounded at 1e-16 of θ, and Δθ is 1e-2 of it and more.
+    torch.testing.assert_close(found["effect"][1:], wanted[1:], rtol=1e-9, atol=1e-12)
+
+
+def test_two_histories_of_steps_and_one_is_closed() -> None:
+    model = Net()
+    optimizer = plugin(model)
+    first, second = History(optimizer, step_effect=True), History(optimizer, step_effect=True)
+    train(model, optimizer, range(2))
+    first.close()
+    train(model, optimizer, range(2, 4))
+    first.close()
+    assert second.read()["effect"].isfinite().all()
+    assert len(second) == 4
+    second.close()
+    assert not optimizer._surgery.keep_rows
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_model_does_not_outlive_its_training(closed: bool) -> None:
+    model = Net()
+    optimizer = plugin(model)
+    history = History(optimizer, step_effect=True)
+    train(model, optimizer, range(2))
+    if closed:
+        history.close()
+    weight = weakref.ref(model.trunk[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert weight() is None
+    assert len(history) == 2
+
+
+def test_methods_that_measure_no_gradients(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = plugin(model, method="famo")
+    history = History(optimizer, step_effect=True)
+    train(model, optimizer, range(3))
+    assert history.read()["conflict_rate"].isnan().all()
+    assert history.read()["weights"].isfinite().all()
+    assert "nan" not in history.table()
+    history.plot(tmp_path / "weights.png")
+
+
+def test_parts_put_together_are_the_model() -> None:
+    """Length and angle of the whole gradient, from the gradients themselves."""
+    model, plain = Net(), Net()
+    sum(plain.losses(0).values()).backward()
+    optimizer = plugin(model, granularity="parameter", scope="all")
+    history = History(optimizer)
+    train(model, optimizer, range(1))
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    rows = [torch.stack([p.grad.flatten(), q.grad.flatten()]) for p, q in pairs]
+    combined, plain_sum = torch.cat(rows, 1)
+    turned = torch.nn.functional.cosine_similarity(combined, plain_sum, dim=0)
+    header, line = history.table().splitlines()
+    assert header.split()[:6] == ["step", "conflicts", "lowest", "cos", "length", "turned"]
+    # As many digits as the table shows.
+    assert float(line.split()[3]) == pytest.approx(
+        float(combined.norm() / plain_sum.norm()), rel=5e-3
+    )
+    assert float(line.split()[4]) == pytest.approx(float(turned), abs=5e-4)
+
+
+def test_a_state_without_effects_is_refused_where_they_are_recorded() -> None:
     model = Net()
     optimizer = plugin(model)
     history = History(optimizer)
     train(model, optimizer, range(2))
-    optimizer.backward(list(model.losses(2).values())[:2])
-    optimizer.step()
-    assert history.names == ("task_0", "task_1")
-    assert len(history) == 1
+    with pytest.raises(ValueError, match="step_effect is True here"):
+        History(optimizer, step_effect=True).load_state_dict(history.state_dict())
 
 
 @pytest.mark.parametrize("granularity", ["group", "parameter"])
@@ -203,7 +312,7 @@ def test_table_plot_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     train(model, optimizer, range(5))
     lines = history.table(last=2).splitlines()
     assert len(lines) == 3
-    assert lines[0].split()[:4] == ["step", "conflicts", "scale", "turned"]
+    assert lines[0].split()[:4] == ["step", "conflicts", "lowest", "cos"]
     assert lines[-1].split()[0] == "4"
     history.plot(tmp_path / "history.png")
     assert (tmp_path / "history.png").stat().st_size > 10_000
@@ -219,6 +328,8 @@ def test_table_plot_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     history.write_to(writer)
     assert len(writer.seen["surgery/weights/task 1"]) == 5
     assert "surgery/effect/task 2" in writer.seen
+    history.write_to(writer)
+    assert len(writer.seen["surgery/weights/task 1"]) == 5
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         history.plot(tmp_path / "other.png")

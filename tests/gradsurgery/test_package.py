@@ -40,7 +40,7 @@ def test_the_library_depends_on_torch_alone(path: Path) -> None:
     if path.name.startswith("triton_"):
         # Imported only where tensors are on CUDA; comes with torch there.
         allowed |= {"triton"}
-    if path.name == "_history.py":
+    if path.name == "_plot.py":
         # Inside of `plot`, which says what to install.
         allowed |= {"matplotlib"}
     assert imports_of(path) <= allowed

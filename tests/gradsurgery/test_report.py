@@ -56,3 +56,55 @@ def test_a_single_loss_has_nothing_to_report() -> None:
     assert optimizer.last.norms.isnan().all()
     assert str(optimizer.last).endswith("gradients were not measured")
     assert "nan" not in str(optimizer.last)
+
+
+def parts_report() -> SurgeryReport:
+    """Part 1 of 3 has the one conflict; part 2 was not reached."""
+    gram = torch.tensor(
+        [[[1.0, 0.5], [0.5, 4.0]], [[1.0, -1.0], [-1.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]],
+        dtype=torch.float64,
+    )
+    weights = torch.tensor([[1.0, 1.0], [1.25, 2.0], [1.0, 1.0]], dtype=torch.float64)
+    return SurgeryReport(("a", "b"), gram, weights, ("trunk", "neck", "idle"))
+
+
+def test_scale_and_turned_are_those_of_the_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
+    weights = torch.rand(4, 3, generator=generator, dtype=torch.float64)
+    found = SurgeryReport(("a", "b", "c"), rows @ rows.mT, weights, tuple("pqrs"))
+    combined, plain = (weights[:, None] @ rows)[:, 0], rows.sum(1)
+    torch.testing.assert_close(found.scale, combined.norm(dim=1) / plain.norm(dim=1))
+    cosine = torch.nn.functional.cosine_similarity(combined, plain)
+    torch.testing.assert_close(found.turned, cosine)
+    # w = 1 takes the same operations, so the ratio is 1 to the bit.
+    same = SurgeryReport(found.names, found.gram, torch.ones_like(weights), found.parts)
+    assert same.scale.tolist() == [1.0] * 4
+
+
+def test_parts_have_a_first_dimension_and_the_worst_comes_first() -> None:
+    found = parts_report()
+    assert found.norms.tolist() == [[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]]
+    assert found.conflicts.tolist() == [0, 1, 0]
+    assert found.cosine[:, 0, 1].tolist() == [0.25, -0.5, 0.0]
+    lines = str(found).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["neck", "idle", "trunk"]
+    assert lines[1].split()[1:4] == ["1", "of", "1"]
+    assert lines[2].split()[-2:] == ["-", "-"]
+    assert lines[-1] == "1 of 3 pairs in conflict"
+
+
+def test_many_parts_fit_on_a_screen() -> None:
+    few = parts_report()
+    names = tuple(f"layer {i}" for i in range(60))
+    found = SurgeryReport(few.names, few.gram.repeat(20, 1, 1), few.weights.repeat(20, 1), names)
+    lines = str(found).splitlines()
+    assert lines[-2:] == ["and 48 more parts", "20 of 60 pairs in conflict"]
+    assert len(lines) == 15
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    weights = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    nothing = SurgeryReport(("a", "b"), torch.full((2, 2), torch.nan, dtype=weights.dtype), weights)
+    assert "nan" not in str(nothing)
+    assert str(nothing).splitlines()[1].split() == ["a", "-", "0.4", "-", "-"]

@@ -25,18 +25,21 @@ static void solve_shifted(const double *a, const double *d, double ridge, long n
     }
 }
 
-/* Newton from where y is. Steps are kept so short that the Hessian stays about what it is. */
-static void follow(const double *c, const double *k, double p, double ridge, long n, double *y,
+/* Newton from where y is. Steps are kept so short that the Hessian stays about what it is. For
+   log(C y) = log(k y^(-p)) where C y > 0, as a large p makes the other form steep. */
+static void follow(const double *c, const double *log_k, double p, double ridge, long n, double *y,
                    double *factor)
 {
-    double step[MAX_TASKS], weight[MAX_TASKS];
+    double step[MAX_TASKS], slope[MAX_TASKS];
     for (int turn = 0; turn < STEPS; turn++) {
         for (long i = 0; i < n; i++) {
-            const double push = k[i] * pow(y[i], -p);
-            step[i] = push - dot(c + i * n, y, n) - ridge * y[i];
-            weight[i] = p * push / y[i];
+            const double pull = dot(c + i * n, y, n) + ridge * y[i];
+            const double log_push = log_k[i] - p * log(y[i]), push = exp(log_push);
+            const int mild = push < 10 * pull;
+            step[i] = mild ? pull * (log_push - log(pull)) : push - pull;
+            slope[i] = p * (mild ? pull : push) / y[i];
         }
-        solve_shifted(c, weight, ridge, n, step, factor);
+        solve_shifted(c, slope, ridge, n, step, factor);
         double most = 0;
         for (long i = 0; i < n; i++) most = fmax(most, fabs(step[i]) / y[i]);
         const double share = most > 0.7 ? 0.7 / most : 1;
@@ -51,7 +54,7 @@ static void balance(struct task *task)
 {
     const long count = task->count;
     const double p = task->numbers[0], ridge = task->numbers[1];
-    double norm[MAX_TASKS], k[MAX_TASKS], y[MAX_TASKS];
+    double norm[MAX_TASKS], log_k[MAX_TASKS] = {0}, y[MAX_TASKS];
     long index[MAX_TASKS], n = 0;
     for (long i = 0; i < count; i++) {
         const double square = task->gram[i * count + i];
@@ -65,21 +68,20 @@ static void balance(struct task *task)
                 i == j ? 1 : task->gram[index[i] * count + index[j]] / norm[i] / norm[j];
         geometric += log(norm[i]) / n;
     }
-    for (long i = 0; i < n; i++) k[i] = 1;
     double square = n * ridge;
     for (long i = 0; i < n; i++) square += sum_of(c + i * n, n);
     /* Nash's bargain, p = 1, depends on no norm; the best multiple of ones, to begin with. */
     for (long i = 0; i < n; i++) y[i] = sqrt(n / fmax(square, ridge * n));
-    follow(c, k, 1, ridge, n, y, factor);
-    /* From there to p, step by step: the norms come in. */
+    follow(c, log_k, 1, ridge, n, y, factor);
+    /* From there to 1/p, step by step: the norms come in. */
     double spread = 0;
     for (long i = 0; i < n; i++) spread = fmax(spread, fabs(log(norm[i]) - geometric));
-    const int moves = p == 1 ? 0 : 2 + (int)(2 * spread * fabs(p - 1) / fmin(p, 1));
-    for (int move = 1; move <= moves && move <= STEPS; move++) {
-        const int last = moves < STEPS ? moves : STEPS;
-        const double now = 1 + (p - 1) * move / last;
-        for (long i = 0; i < n; i++) k[i] = exp((now - 1) * (log(norm[i]) - geometric));
-        follow(c, k, now, ridge, n, y, factor);
+    const int needed = p == 1 ? 0 : 2 + (int)(2 * spread * fabs(1 / p - 1));
+    const int moves = needed < STEPS ? needed : STEPS;
+    for (int move = 1; move <= moves; move++) {
+        const double now = 1 / (1 + (1 / p - 1) * move / moves);
+        for (long i = 0; i < n; i++) log_k[i] = (now - 1) * (log(norm[i]) - geometric);
+        follow(c, log_k, now, ridge, n, y, factor);
     }
     /* The geometric mean was taken out of k; y grows by its (1 + p)th root. */
     const double unit = exp((p - 1) * geometric / (1 + p));
