@@ -289,6 +289,8 @@ def _scale(axes: Axes, results: _Results, values: Sequence[float]) -> None:
         # What exploded and did not quite overflow would press all others together.
         most = min(max(values), 1000 * statistics.median(values))
         axes.set(xscale="log", xlim=(min(values) / 1.3, most * 1.3))
+        # Over one decade matplotlib writes out minor ticks, one over the other.
+        axes.xaxis.set_minor_formatter("")
         return
     margin = 0.03 * (max(values) - min(values)) or 1.0
     axes.set_xlim(min(values) - margin, max(values) + margin)
