@@ -36,21 +36,24 @@ class AdaptiveGradientSurgery(Optimizer):
             `gradsurgery.methods.AGS(max_scale=10.0)`.
         scope: "shared": surgery on the parameters that two or more tasks reach, while a head keeps
             its own task's plain gradient; "all": every parameter is under surgery.
-        granularity: "model": one Gram matrix over all of them.
-        every: 1: weights are solved at every call.
-        metric: "euclidean": plain dot products.
+        granularity: "model": one Gram matrix over all of them; "group": one for each parameter
+            group; "parameter": one for each tensor; a mapping from names to modules (or
+            parameters): one for each, and one for the rest.
+        every: solve for the weights at every k-th call; one backward pass of the weighted loss in
+            between. Needs granularity="model".
+        metric: "euclidean": plain dot products; "optimizer": M_ij = Σ_d h_d g_id g_jd, h what the
+            wrapped optimizer multiplies coordinate d by (Adam's family, RMSprop, Adagrad, SGD).
         process_group: a torch.distributed group over which gradients are averaged, task by task,
             before the surgery: all ranks then get the same p.grad, that of one process on the
             joined batch. For a bare module and for one in DistributedDataParallel. DTensor
             parameters, as `torch.distributed.fsdp.fully_shard` makes them, bring their own mesh.
         seed: seeds the random order in which tasks meet; part of `state_dict`.
 
-    Other values of granularity, every and metric are planned, and refused by name.
-
     Raises:
-        TypeError: `optimizer` is none, or is wrapped already; `method` is neither name nor method.
-        ValueError: an unknown method or scope.
-        NotImplementedError: a value that a later version will take.
+        TypeError: `optimizer` is none, or is wrapped already; `method` is neither name nor method;
+            an argument of another type.
+        ValueError: an unknown method or value; `every` with parts of the model; metric="optimizer"
+            with an optimizer whose geometry is not known.
 
     Source: SLAM-AGS, arXiv 2511.14639, for the default method.
 
@@ -118,6 +121,9 @@ class AdaptiveGradientSurgery(Optimizer):
         gradient alone in p.grad. Parameters of other optimizers get the plain sum, as from
         `sum(losses).backward()`, unless another AdaptiveGradientSurgery owns them.
 
+        Where the weights are known beforehand (between two solves of `every`, methods that need no
+        gradients) it is one backward pass of Σ_t w_t L_t, and micro-batches add up in p.grad.
+
         Args:
             losses: a sequence of 0-dim tensors, or a mapping from names to 0-dim tensors. With a
                 process_group, None where this rank has no samples of the task.
@@ -125,11 +131,13 @@ class AdaptiveGradientSurgery(Optimizer):
                 as it is, and the next plain call operates on the sum. This `zero_grad()`, not
                 the model's, drops micro-batches that wait. A single loss adds up in p.grad.
             retain_graph: keep the graph for another backward, as in `Tensor.backward`.
-            features: planned.
+            features: a tensor, or several, through which the tasks share the trunk. The Gram matrix
+                is then that of the gradients there, and the trunk has one backward pass. Not with
+                micro-batches, parts of the model or metric="optimizer".
 
         Raises:
-            TypeError, ValueError: wrong losses or sparse gradients, before anything is changed.
-            NotImplementedError: `features`.
+            TypeError, ValueError: wrong losses, features or sparse gradients, before anything is
+                changed.
             RuntimeError: from autograd; everything is then as before the call, but that
                 micro-batches are dropped (with one loss: what `loss.backward()` leaves).
         """
