@@ -167,6 +167,7 @@ def numbers(folder):
     return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
+@pytest.mark.slow
 def test_torchrun_pretrains_as_one_process_does(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):

@@ -542,7 +542,7 @@ _options = settings(
 )
 
 
-@settings(_options, max_examples=1500, derandomize=True)
+@settings(_options, max_examples=600, derandomize=True)
 # Some cases reach nothing of the optimizer's, which gets a warning.
 @pytest.mark.filterwarnings("ignore:the losses reach none")
 @given(cases)
