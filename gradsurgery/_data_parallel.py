@@ -126,10 +126,7 @@ class DataParallelSurgery(Surgery):
             undo.roll_back()
             raise
         if not accumulate and len(plan.names) > 1:
-            if weights is None and report is not None:
-                self._kept.take(plan.names, report.weights)
-            else:
-                self._kept.count()
+            self.keep_weights(plan.names, weights, report)
         self.last = report
         self._reach = dict(zip(map(id, call.targets), call.reached, strict=True))
         self._rows_wait = accumulate
@@ -160,7 +157,7 @@ class DataParallelSurgery(Surgery):
         try:
             undo.clear()
             if weights is None:
-                report = self._ask(plan.names, targets[0].device, values)
+                report = self._ask(plan.names, call.device, values)
                 weights = report.weights
             failure: BaseException | None = None
             try:
@@ -208,7 +205,6 @@ class DataParallelSurgery(Surgery):
             plain=plan.seen.leaves.keys() - own,
             add=add,
         )
-        device = call.targets[0].device if call.targets else torch.device("cpu")
         try:
             undo.clear()
             failure: BaseException | None = None
@@ -217,7 +213,7 @@ class DataParallelSurgery(Surgery):
             except BaseException as error:
                 failure = error
             self._agree_so_far(failure)
-            gram, accuracy = gradients.gram(len(plan.names), device)
+            gram, accuracy = gradients.gram(len(plan.names), call.device)
             self._ranks.sum(gram)
             # Each rank's loss is a mean of its own samples, of which the whole has R times as many.
             gram /= self._ranks.size**2
@@ -504,9 +500,8 @@ class DataParallelSurgery(Surgery):
         operated = [mask.bit_count() >= least for mask in call.reached[:count]]
         report = self.last
         if len(names) > 1:
-            device = next(iter({p.device for p in call.targets}), torch.device("cpu"))
             if weights is None:
-                report = self.solve(rows, operated, names, device, values)
+                report = self.solve(rows, operated, names, call.device, values)
                 weights = report.weights
             self.combine(rows, operated, weights)
             rows.pick(
@@ -516,8 +511,7 @@ class DataParallelSurgery(Surgery):
                 ]
             )
         else:
-            device = call.targets[0].device if call.targets else torch.device("cpu")
-            one = torch.ones(1, dtype=torch.float64, device=device)
+            one = torch.ones(1, dtype=torch.float64, device=call.device)
             report = SurgeryReport(names, torch.full_like(one, torch.nan)[:, None], one)
         arrivals = [*rows.gather(), *plain.gather()]
         for arrived in arrivals:
@@ -573,3 +567,8 @@ class _Call:
     targets: list[Tensor]
     reached: list[int]
     inputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where M and w are wanted."""
+        return self.targets[0].device if self.targets else torch.device("cpu")

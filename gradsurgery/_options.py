@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -103,9 +104,22 @@ def _read_modules(granularity: Mapping[Any, Any]) -> dict[str, list[Tensor]]:
 
 
 class Parts:
-    """Which part of the model each parameter belongs to."""
+    """Which part of the model each parameter belongs to; without names it is one whole.
 
-    def __init__(self, options: Options, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+    Args:
+        names: of the parts.
+        index: id(parameter) -> the number of its part; the last where it is not in there.
+    """
+
+    def __init__(
+        self, names: Sequence[str] = (), index: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
+        self.names = tuple(names)
+        self._index = index
+
+    @classmethod
+    def read(cls, options: Options, optimizer: Optimizer, parameters: list[Tensor]) -> Parts:
+        """The parts that were asked for."""
         asked = options.granularity
         held = {id(p) for p in parameters}
         index: dict[int, int]
@@ -124,13 +138,10 @@ class Parts:
                 for number, group in enumerate(optimizer.param_groups)
                 for p in group["params"]
             }
-        elif asked == "parameter":
+        else:
             names = [name_of(p, optimizer) for p in parameters]
             index = {id(p): number for number, p in enumerate(parameters)}
-        else:
-            names, index = [], {}
-        self.names = tuple(names)
-        self._index = index
+        return cls(names, index)
 
     def of(self, parameter: Tensor) -> int:
         """The number of its part."""

@@ -38,6 +38,7 @@ from gradsurgery.task_gradients import TaskGradients
 __all__ = ["Surgery", "explain_donated_buffers"]
 
 _STATE_VERSION = 3
+_WHOLE = Parts()
 # Every live surgery, so that two plugins on parts of one model leave each other's p.grad alone.
 _live: weakref.WeakSet[Surgery] = weakref.WeakSet()
 
@@ -273,7 +274,8 @@ class Surgery:
         finally:
             for watch in watches:
                 watch.remove()
-        self._keep_weights(call, report)
+        if not accumulate:
+            self.keep_weights(names, call.weights, report)
         self.last = report
         self._reach = dict(zip(map(id, targets), reached, strict=True))
         self._rows_wait = accumulate
@@ -343,12 +345,12 @@ class Surgery:
         if any(hasattr(p, "device_mesh") for p in self.parameters()):
             raise ValueError("features cannot be combined with fully_shard")
 
-    def _keep_weights(self, call: _Call, report: SurgeryReport | None) -> None:
-        """Note for `every` that a step was solved, or took what was kept."""
-        if call.accumulate:
-            return
-        if call.weights is None and report is not None:
-            self._kept.take(call.names, report.weights)
+    def keep_weights(
+        self, names: tuple[str, ...], known: Tensor | None, report: SurgeryReport | None
+    ) -> None:
+        """Note for `every` that a step was solved, or took the weights that were known."""
+        if known is None and report is not None:
+            self._kept.take(names, report.weights)
         else:
             self._kept.count()
 
@@ -489,11 +491,13 @@ class Surgery:
 
     def _part_names(self) -> Parts:
         """The parts of the model, as the optimizer's groups are now."""
+        if self.options.whole:
+            return _WHOLE
         parameters = self.parameters()
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         key = (*map(id, parameters), *sizes)
         if self._parts is None or self._parts[0] != key:
-            self._parts = key, Parts(self.options, self.optimizer, parameters)
+            self._parts = key, Parts.read(self.options, self.optimizer, parameters)
         return self._parts[1]
 
     @property

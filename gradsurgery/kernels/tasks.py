@@ -55,9 +55,7 @@ def solve(name: str, gram: Tensor, tensors: list[Tensor], numbers: list[float]) 
     """See `run`."""
     fast = _triton(name, gram)
     if fast is None and _runs_native(name, gram):
-        found = _native(name, gram, tensors, numbers)
-        if found is not None:
-            return found
+        return _native(name, gram, tensors, numbers)
 
     def plainly() -> Tensor:
         return guard(gram, _plain[name](gram, *tensors, *numbers))
@@ -90,9 +88,7 @@ def _solve_moving(
 ) -> Tensor:
     fast = _triton(name, gram)
     if fast is None and _runs_native(name, gram) and moved.is_contiguous():
-        found = _native(name, gram, [*tensors, moved], numbers)
-        if found is not None:
-            return found
+        return _native(name, gram, [*tensors, moved], numbers)
 
     def plainly() -> tuple[Tensor, Tensor]:
         weights, new = _plain[name](gram, *tensors, moved, *numbers)
@@ -143,10 +139,7 @@ def _runs_native(name: str, gram: Tensor) -> bool:
     return here and native.function(f"gradsurgery_{name}") is not None
 
 
-def _native(
-    name: str, gram: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]
-) -> Tensor | None:
-    """The C version; None where it leaves so many tasks to the other."""
+def _native(name: str, gram: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
     function = native.function(f"gradsurgery_{name}")
     assert function is not None
     gram = gram.contiguous()
@@ -170,8 +163,6 @@ def _native(
         count,
         torch.get_num_threads(),
     )
-    if failed == 2:
-        return None
     if failed:
         raise MemoryError(f"no memory for the step {name!r} of {batch} Gram matrices")
     return weights

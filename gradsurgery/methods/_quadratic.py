@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Path", "lift", "noise_of", "ridge_of", "scale", "solve_program", "unscale"]
+from gradsurgery.methods._projection import divide_or_zero
+
+__all__ = ["Path", "lift", "noise_of", "ridge_of", "scale", "solve_program"]
 
 # Fewest steps and rounds for 1e-12 on the hardest input found, and a few steps more.
 _STEPS = 28
@@ -44,16 +46,11 @@ def scale(gram: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(eye, 1.0, cosines), norms
 
 
-def unscale(values: Tensor, norms: Tensor) -> Tensor:
-    """y / n, and 0 for a task without gradient."""
-    return torch.where(norms > 0, values / torch.where(norms > 0, norms, 1.0), 0.0)
-
-
 def lift(cosines: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """a_i = smallest norm / n_i, and C + aaᵀ, in which even opposite gradients are none."""
     present = norms > 0
     least = torch.where(present, norms, torch.inf).amin(-1, keepdim=True)
-    a = unscale(least, norms)
+    a = divide_or_zero(least, norms)
     return a, cosines + a[..., :, None] * a[..., None, :]
 
 
@@ -142,7 +139,7 @@ class Path:
         z = self._stop()
         # From a mean of length 0 there is no way to go.
         z = torch.where(self._square[..., None] > 0, z, 0.0)
-        weights = 1 / z.shape[-1] + unscale(z * self._most, self._norms)
+        weights = 1 / z.shape[-1] + divide_or_zero(z * self._most, self._norms)
         if not self._cone:
             return weights
         y = self._mean + z

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._quadratic import ridge_of, scale, solve_program, unscale
+from gradsurgery.methods._projection import divide_or_zero
+from gradsurgery.methods._quadratic import ridge_of, scale, solve_program
 
 __all__ = ["DualProj"]
 
@@ -22,7 +23,7 @@ def project_mean(gram: Tensor, ridge: float) -> Tensor:
     most = torch.where(most > 0, most, 1.0)
     mean = norms / most
     z = solve_program(cosines, (cosines @ mean[..., None])[..., 0], ridge)
-    return (1 + unscale(z * most, norms)) / gram.shape[-1]
+    return (1 + divide_or_zero(z * most, norms)) / gram.shape[-1]
 
 
 class DualProj(Method):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
-from gradsurgery.methods._quadratic import ridge_of, scale, solve_program, unscale
+from gradsurgery.methods._projection import divide_or_zero
+from gradsurgery.methods._quadratic import ridge_of, scale, solve_program
 
 __all__ = ["UPGrad"]
 
@@ -21,7 +22,7 @@ def project_each(gram: Tensor, ridge: float) -> Tensor:
     # v = e_i + z: in scaled variables the same program on C for every i, whatever the norms.
     programs = cosines[..., None, :, :].expand(*gram.shape[:-2], gram.shape[-1], -1, -1)
     sums = (norms[..., :, None] * solve_program(programs, cosines, ridge)).sum(-2)
-    return (1 + unscale(sums, norms)) / gram.shape[-1]
+    return (1 + divide_or_zero(sums, norms)) / gram.shape[-1]
 
 
 class UPGrad(Method):

@@ -46,16 +46,12 @@ static inline double dot(const double *a, const double *b, long count)
 /* int gradsurgery_NAME(gram, extra, strides in bytes, how many, numbers, weights, batch, count,
    threads): 0, or 1 where memory ran out. A matrix that is not finite gives NaN weights, and what
    `extra` holds for it stays as it is. */
-#define SOLVER(NAME, SCRATCH) SOLVER_UP_TO(64, NAME, SCRATCH)
-
-/* For more than MOST tasks it returns 2: the other version is faster. */
-#define SOLVER_UP_TO(MOST, NAME, SCRATCH)                                                          \
+#define SOLVER(NAME, SCRATCH)                                                                      \
     int gradsurgery_##NAME(const double *gram, void **extra, const long *strides, long extras,     \
                            const double *numbers, double *weights, long batch, long count,         \
                            int threads)                                                            \
     {                                                                                              \
         int failed = 0;                                                                            \
-        if (count > MOST) return 2;                                                                \
         _Pragma("omp parallel num_threads(threads) if (batch > 1 && batch * count * count > SERIAL)") \
         {                                                                                          \
             double *scratch = malloc(sizeof(double) * (SCRATCH + 1));                              \
