@@ -126,7 +126,11 @@ def roots_of(
         for buffer in storage.buffers
     ]
     place = {id(p): i for i, p in enumerate(storage.parameters) if chosen[i]}
-    for group in optimizer.param_groups:
+    every = [torch.as_tensor(rate, dtype=torch.float64) for rate in rates]
+    together = torch.stack([rate.to(every[0].device, non_blocking=True) for rate in every])
+    largest = together.amax()
+    shares = torch.where(largest > 0, together / largest, 1.0)
+    for number, group in enumerate(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in place and local_part(p).numel()]
         for device in dict.fromkeys(local_part(p).device for p in own):
             here = [p for p in own if local_part(p).device == device]
@@ -138,11 +142,7 @@ def roots_of(
             ]
             if with_state and rule is not None:
                 rule[1]([v for v, _ in with_state], [s for _, s in with_state], group)
-            rate = torch.as_tensor(group["lr"], dtype=torch.float64)
-            largest = torch.stack(
-                [torch.as_tensor(r, dtype=torch.float64).to(rate.device) for r in rates]
-            ).amax()
-            _divide(views, torch.where(largest > 0, rate / largest, 1.0))
+            _divide(views, shares[number])
     for flat in flats:
         flat.rsqrt_()
     return flats

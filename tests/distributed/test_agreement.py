@@ -65,6 +65,20 @@ def test_a_task_without_samples_on_any_rank_leaves_its_head_alone(two: Processes
     assert two(all_without, [1]) == [[True, True]] * 2
 
 
+def from_losses_of_nothing() -> tuple[str, list[bool]]:
+    network, _, optimizer = make(Setting(method="from_losses"))
+    x = torch.ones(3, requires_grad=True)
+    error = attempt(lambda: optimizer.backward([x.sum(), x.square().sum()]))
+    return error, [p.grad is None for p in network.parameters()]
+
+
+def test_weights_from_losses_that_reach_no_parameter(two: Processes) -> None:
+    for error, untouched in two(from_losses_of_nothing):
+        # A warning, which is an error in these processes.
+        assert "reach none of the parameters" in error
+        assert all(untouched)
+
+
 def each_its_own_branch() -> tuple[list[Tensor | None], list[bool]]:
     """Rank r uses branch r alone; a branch is reached by both tasks on that rank."""
     torch.manual_seed(0)
