@@ -85,8 +85,8 @@ class SpreadRows:
             if roots is not None:
                 size = len(roots[block]) // self._ranks.size
                 factors = roots[block][self._ranks.rank * size :][:size]
-            found = spans.gram_spans(own, bounds, factors)
-            total += spans.sum_by_part(found, where, number).to(device, non_blocking=True)
+            found = spans.gram_spans(own, bounds, where, number, factors)
+            total += found.to(device, non_blocking=True)
         self._ranks.sum(total)
         return total, accuracy
 
@@ -99,8 +99,8 @@ class SpreadRows:
         """The same with the weights of each parameter's part, [number, T]."""
         for block, bounds, where in self._segments_of_parts(chosen, parts):
             own = self._own[block]
-            factors = spans.of_parts(weights.to(own.device, non_blocking=True), where)
-            spans.combine_spans(own, factors, bounds, own[0])
+            factors = weights.to(own.device, non_blocking=True)
+            spans.combine_spans(own, factors, bounds, where, own[0])
 
     def pick(self, tasks: list[int]) -> None:
         """Part 0 becomes one task's for the parameters that say which, others say -1."""

@@ -154,8 +154,9 @@ class TaskGradients:
         accuracy = torch.finfo(torch.float64).eps
         for block, (bounds, where) in self.spans_of_parts(chosen, parts).items():
             rows, spread = self.buffers[block][: self.count], self._spread[block]
-            found = spans.gram_spans(rows, bounds, None if roots is None else roots[block])
-            by_part = spans.sum_by_part(found, where, number).to(device, non_blocking=True)
+            factors = None if roots is None else roots[block]
+            found = spans.gram_spans(rows, bounds, where, number, factors)
+            by_part = found.to(device, non_blocking=True)
             before = totals[spread]
             totals[spread] = by_part if before is None else before.add_(by_part)
             accuracy = max(accuracy, spans.resolution(rows))
@@ -173,8 +174,9 @@ class TaskGradients:
         """The same with the weights of each parameter's part, [number, T]."""
         for block, (bounds, where) in self.spans_of_parts(chosen, parts).items():
             buffer = self.buffers[block]
-            factors = spans.of_parts(weights.to(buffer.device, non_blocking=True), where)
-            spans.combine_spans(buffer[: self.count], factors, bounds, buffer[self.combined])
+            factors = weights.to(buffer.device, non_blocking=True)
+            rows, out = buffer[: self.count], buffer[self.combined]
+            spans.combine_spans(rows, factors, bounds, where, out)
 
     def products(self, chosen: Sequence[bool], changes: Sequence[Tensor]) -> Tensor:
         """g_t·change over the chosen parameters, [T] float64; the rows must still be there."""

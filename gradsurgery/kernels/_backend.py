@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gradsurgery._warn import warn_user
 from gradsurgery.kernels import native
 
 __all__ = ["BACKENDS", "choose", "on_triton", "with_fallback"]
@@ -19,7 +19,6 @@ __all__ = ["BACKENDS", "choose", "on_triton", "with_fallback"]
 BACKENDS = ("auto", "torch", "triton", "native", "reference")
 _MOST_ROWS = 64
 _Result = TypeVar("_Result")
-_log = logging.getLogger("gradsurgery")
 # Why Triton is not used although the tensors are on CUDA; said once.
 _refused: str | None = None
 
@@ -68,7 +67,11 @@ def on_triton(device: torch.device, count: int) -> bool:
 
 
 def with_fallback(fast: Callable[[], _Result], plain: Callable[[], _Result]) -> _Result:
-    """Run the Triton version; where Triton does not work on this machine, the other from now on."""
+    """Run the Triton version; where it fails, warn once and use the other from now on.
+
+    Triton may not work on a machine (no compiler, a driver too old). A fault of a kernel looks the
+    same, so the warning is visible, and an error where warnings are errors, as in the tests.
+    """
     if _refused is not None:
         return plain()
     try:
@@ -95,7 +98,10 @@ def _import_error() -> str | None:
 def _refuse(reason: str) -> None:
     global _refused
     _refused = reason
-    _log.warning("surgery on CUDA runs on plain torch ops, which are slower: %s", reason)
+    warn_user(
+        f"surgery on CUDA runs on plain torch ops, which are slower, since Triton failed: {reason}",
+        RuntimeWarning,
+    )
 
 
 def _runs_triton(device: torch.device) -> bool:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gradsurgery.kernels import native
-from gradsurgery.kernels._backend import choose
+from gradsurgery.kernels._backend import choose, with_fallback
 from gradsurgery.kernels._dispatch import real_rows
 
-__all__ = ["combine_spans", "gram_spans", "of_parts", "resolution", "sum_by_part"]
+__all__ = ["combine_spans", "gram_spans", "resolution"]
 
 # Columns that a product takes at a time; TaskGradients begins every parameter at such a multiple.
 _UNIT_BYTES = 64
@@ -26,7 +26,32 @@ _SCALED = {True: 1 << 19, False: 1 << 24}
 
 
 @torch.library.custom_op("gradsurgery::gram_spans", mutates_args=())
-def _gram(rows: Tensor, bounds: list[int]) -> Tensor:
+def _gram(
+    rows: Tensor, bounds: list[int], where: list[int], number: int, roots: Tensor | None
+) -> Tensor:
+    def plainly() -> Tensor:
+        found = _gram_plain(rows, bounds) if roots is None else _gram_scaled(rows, bounds, roots)
+        return _sum_by_part(found, where, number)
+
+    if choose(rows, "auto") != "triton":
+        return plainly()
+    from gradsurgery.kernels import triton_rows
+
+    return with_fallback(
+        lambda: triton_rows.gram_segments(rows, bounds, where, number, roots), plainly
+    )
+
+
+@_gram.register_fake
+def _(
+    rows: Tensor, bounds: list[int], where: list[int], number: int, roots: Tensor | None
+) -> Tensor:
+    count = rows.shape[0]
+    return rows.new_empty(number, count, count, dtype=torch.float64)
+
+
+def _gram_plain(rows: Tensor, bounds: Sequence[int]) -> Tensor:
+    """[T, D] -> [S, T, T] float64."""
     if choose(rows, "auto") == "native":
         return native.gram_spans(rows, bounds)
     count = rows.shape[0]
@@ -39,14 +64,32 @@ def _gram(rows: Tensor, bounds: list[int]) -> Tensor:
     return totals
 
 
-@_gram.register_fake
-def _(rows: Tensor, bounds: list[int]) -> Tensor:
-    count = rows.shape[0]
-    return rows.new_empty(len(bounds) // 2, count, count, dtype=torch.float64)
-
-
 @torch.library.custom_op("gradsurgery::combine_spans", mutates_args=("out",))
-def _combine(rows: Tensor, weights: Tensor, bounds: list[int], out: Tensor) -> None:
+def _combine(
+    rows: Tensor, weights: Tensor, bounds: list[int], where: list[int], out: Tensor
+) -> None:
+    def plainly() -> None:
+        _combine_plain(rows, _of_parts(weights, where), bounds, out)
+
+    if choose(rows, "auto") != "triton":
+        plainly()
+        return
+    from gradsurgery.kernels import triton_rows
+
+    with_fallback(
+        lambda: triton_rows.combine_segments(rows, weights, bounds, where, out), plainly
+    )
+
+
+@_combine.register_fake
+def _(
+    rows: Tensor, weights: Tensor, bounds: list[int], where: list[int], out: Tensor
+) -> None:
+    return None
+
+
+def _combine_plain(rows: Tensor, weights: Tensor, bounds: Sequence[int], out: Tensor) -> None:
+    """With the weights of each span, [S, T]."""
     if choose(rows, "auto") == "native":
         native.combine_spans(rows, weights, bounds, out)
         return
@@ -60,26 +103,27 @@ def _combine(rows: Tensor, weights: Tensor, bounds: list[int], out: Tensor) -> N
         out[start : start + units * unit].copy_(total.view(-1))
 
 
-@_combine.register_fake
-def _(rows: Tensor, weights: Tensor, bounds: list[int], out: Tensor) -> None:
-    return None
-
-
 @torch.no_grad()
 def gram_spans(
-    gradients: Tensor, bounds: Sequence[tuple[int, int]], roots: Tensor | None = None
+    gradients: Tensor,
+    bounds: Sequence[tuple[int, int]],
+    where: Sequence[int],
+    number: int,
+    roots: Tensor | None = None,
 ) -> Tensor:
-    """M of each span: [T, D] and S spans [start, stop) -> [S, T, T] float64.
+    """M of each part: [T, D] and S spans [start, stop) -> [number, T, T] float64.
 
     Args:
         gradients: [T, D].
         bounds: ascending; each begins and ends at a multiple of 64 bytes.
+        where: S numbers, the part of each span.
+        number: of parts; one without a span gets zeros.
         roots: [D] (of complex rows [2 D], for real and imaginary parts), float32 or wider: a
             factor for each column of all rows. M_ij is then Σ_d roots_d² g_id g_jd.
     """
     rows, flat = _real(gradients, bounds)
     with torch.autocast(gradients.device.type, enabled=False):
-        found: Tensor = _gram(rows, flat) if roots is None else _gram_scaled(rows, flat, roots)
+        found: Tensor = _gram(rows, flat, list(where), number, roots)
     return found
 
 
@@ -93,11 +137,11 @@ def _gram_scaled(rows: Tensor, bounds: Sequence[int], roots: Tensor) -> Tensor:
         columns = slice(start, start + ends[-1])
         scaled = rows[:, columns].to(roots.dtype) * roots[columns]
         inner = [end for pair in pairwise(ends) for end in pair]
-        totals[first : first + len(lengths)] += _gram(scaled, inner)
+        totals[first : first + len(lengths)] += _gram_plain(scaled, inner)
     return totals
 
 
-def sum_by_part(found: Tensor, where: Sequence[int], number: int) -> Tensor:
+def _sum_by_part(found: Tensor, where: Sequence[int], number: int) -> Tensor:
     """[S, ...] of spans, and the part of each -> [number, ...], in a fixed order."""
     if list(where) == list(range(number)):
         return found
@@ -110,7 +154,7 @@ def sum_by_part(found: Tensor, where: Sequence[int], number: int) -> Tensor:
     return torch.segment_reduce(picked, "sum", lengths=sizes, unsafe=True, initial=0)
 
 
-def of_parts(values: Tensor, where: Sequence[int]) -> Tensor:
+def _of_parts(values: Tensor, where: Sequence[int]) -> Tensor:
     """[parts, ...] -> [S, ...]: what belongs to each span's part."""
     if list(where) == list(range(len(values))):
         return values
@@ -119,23 +163,32 @@ def of_parts(values: Tensor, where: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def combine_spans(
-    gradients: Tensor, weights: Tensor, bounds: Sequence[tuple[int, int]], out: Tensor
+    gradients: Tensor,
+    weights: Tensor,
+    bounds: Sequence[tuple[int, int]],
+    where: Sequence[int],
+    out: Tensor,
 ) -> None:
-    """Over each span out = Gᵀ w with the span's weights, [S, T] float64.
+    """Over each span out = Gᵀ w with its part's weights, [number, T] float64.
 
     `out` is [D], a row of G or memory of its own.
     """
     rows, flat = _real(gradients, bounds)
     target = torch.view_as_real(out).flatten() if out.is_complex() else out
     with torch.autocast(gradients.device.type, enabled=False):
-        _combine(rows, weights, flat, target)
+        _combine(rows, weights, flat, list(where), target)
 
 
 def resolution(gradients: Tensor) -> float:
     """How accurate `gram_spans` of these rows is, relative to the product of two norms."""
+    rows = real_rows(gradients)
+    chosen = choose(rows, "auto")
+    if chosen == "triton":
+        from gradsurgery.kernels import triton_rows
+
+        return triton_rows.segments_resolution(rows)
     # The C version sums float32 over up to 64 terms, and a short span averages nothing out.
-    native_sums = choose(real_rows(gradients), "auto") == "native"
-    return 2e-7 if native_sums else torch.finfo(torch.float64).eps
+    return 2e-7 if chosen == "native" else torch.finfo(torch.float64).eps
 
 
 def _real(gradients: Tensor, bounds: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:

@@ -2,7 +2,8 @@
 
 A step has up to three versions of one name: plain torch ops, which run everywhere, batched and
 without waiting for the device (`@step`, here or beside the method); C for the CPU
-(`csrc/*.c`, gradsurgery_NAME); Triton for CUDA (`triton_tasks.NAME`).
+(`csrc/*.c`, gradsurgery_NAME); Triton for CUDA (`triton_tasks.NAME`). The last two give NaN for a
+Gram matrix that is not finite, and leave running state as it is, themselves.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def solve(name: str, gram: Tensor, tensors: list[Tensor], numbers: list[float]) 
 
     if fast is None:
         return plainly()
-    return with_fallback(lambda: _guard_fast(gram, fast(gram, *tensors, *numbers)), plainly)
+    return with_fallback(lambda: fast(gram, *tensors, *numbers), plainly)
 
 
 @solve.register_fake
@@ -90,17 +91,14 @@ def _solve_moving(
     if fast is None and _runs_native(name, gram) and moved.is_contiguous():
         return _native(name, gram, [*tensors, moved], numbers)
 
-    def plainly() -> tuple[Tensor, Tensor]:
+    def plainly() -> Tensor:
         weights, new = _plain[name](gram, *tensors, moved, *numbers)
-        return guard(gram, weights), new
+        moved.copy_(torch.where(_finite(gram)[..., None, None], new, moved))
+        return guard(gram, weights)
 
-    def quickly() -> tuple[Tensor, Tensor]:
-        weights, new = fast(gram, *tensors, moved, *numbers)  # type: ignore[misc]
-        return _guard_fast(gram, weights), new
-
-    weights, new = plainly() if fast is None else with_fallback(quickly, plainly)
-    moved.copy_(torch.where(_finite(gram)[..., None, None], new, moved))
-    return weights
+    if fast is None:
+        return plainly()
+    return with_fallback(lambda: fast(gram, *tensors, moved, *numbers), plainly)
 
 
 @_solve_moving.register_fake
@@ -113,12 +111,6 @@ def _(
 def guard(gram: Tensor, weights: Tensor) -> Tensor:
     """w, and NaN where any entry of M is not finite: [..., T, T], [..., T] -> [..., T]."""
     return torch.where(_finite(gram)[..., None], weights, torch.nan)
-
-
-def _guard_fast(gram: Tensor, weights: Tensor) -> Tensor:
-    from gradsurgery.kernels import triton_tasks
-
-    return triton_tasks.guard(gram, weights)
 
 
 def _finite(gram: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """Triton kernels for what touches size D: gram in two deterministic stages, combine in one pass.
 
+Both take all columns with one Gram matrix, or segments of columns with one each (`granularity=`,
+`metric=`): the same two launches and one launch, whatever the number of segments.
+
 Importing this module needs Triton, which comes with the CUDA builds of torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,51 +19,95 @@ from torch import Tensor
 
 from gradsurgery.kernels.blocked import SMALL
 
-__all__ = ["combine_into", "gram", "launch", "resolution"]
+__all__ = [
+    "combine_into",
+    "combine_segments",
+    "gram",
+    "gram_segments",
+    "launch",
+    "resolution",
+]
 
-# Programs of the first stage. Fixed, so that the sums do not depend on the device's size: 8 blocks
-# of 128 threads for each of an H100's 132 processors, or 2 where the tile of M is large.
-_PROGRAMS_SMALL = 1056
-_PROGRAMS_LARGE = 264
-# Columns of a tile, by the padded number of rows; above 8 rows the products are matrix products.
-_COLUMNS = {1: 512, 2: 512, 4: 256, 8: 128, 16: 128, 32: 64, 64: 64}
-# Tiles that are summed in float32 before they are added up in float64.
-_INNER = 32
-_COMBINE_COLUMNS = 1024
+
+class Tile(NamedTuple):
+    """How the first stage of gram cuts its columns; `benchmarks tune` measures these."""
+
+    columns: int
+    """Columns that a program takes at a time."""
+    warps: int
+    programs: int
+    """Most programs. Fixed, so that the sums do not depend on the device's size."""
+    inner: int = 32
+    """Tiles that are summed in float32 before they are added up in float64."""
+
+
+# By the padded number of rows; above 8 rows the products are matrix products.
+GRAM_TILES = {
+    1: Tile(512, 4, 1056),
+    2: Tile(512, 4, 1056),
+    4: Tile(256, 4, 1056),
+    8: Tile(128, 4, 1056),
+    16: Tile(128, 4, 264),
+    32: Tile(64, 4, 264),
+    64: Tile(64, 4, 264),
+}
+COMBINE_COLUMNS, COMBINE_WARPS = 1024, 4
+_COMBINE_PROGRAMS = 8448
 
 
 @triton.jit
+def _columns_of(program, programs, starts, width, B: tl.constexpr, SEGMENTED: tl.constexpr):
+    """First column, end and step of a program: its chunk of a segment, or every n-th tile.
+
+    Segments begin and end at multiples of 64 bytes, of which 8 numbers of any type are sure.
+    """
+    if SEGMENTED:
+        begin = tl.multiple_of(tl.load(starts + 2 * program), 8)
+        end = tl.multiple_of(tl.load(starts + 2 * program + 1), 8)
+        step = program * 0 + B
+    else:
+        begin, end, step = program * B, program * 0 + width, programs.to(tl.int64) * B
+    return begin, end, step
+
+
+@triton.jit(do_not_specialize=["count"])
 def gram_by_lanes(
-    rows, partial, width, row_stride, column_stride,
-    T: tl.constexpr, P: tl.constexpr, B: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+    rows, roots, chunks, partial, width, row_stride, column_stride, count,
+    P: tl.constexpr, B: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+    SEGMENTED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Up to 8 rows: every thread sums all P×P products of its own columns in registers.
 
-    partial[program] = M over every `programs`-th tile of B columns, float64.
+    partial[program] = M over the program's columns, float64.
     """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    begin, end, step = _columns_of(program, programs, chunks, width, B, SEGMENTED)
     i, j = tl.arange(0, P)[:, None, None], tl.arange(0, P)[None, :, None]
     lane = tl.arange(0, B)[None, None, :]
     first, second = rows + i.to(tl.int64) * row_stride, rows + j.to(tl.int64) * row_stride
     total = tl.zeros([P, P], tl.float64)
-    tiles = tl.cdiv(width, B)
-    for outer in range(program, tiles, programs * INNER):
+    for outer in range(begin, end, step * INNER):
         sums = tl.zeros([P, P, B], ACC)
-        for tile in range(outer, tl.minimum(outer + programs * INNER, tiles), programs):
-            column = tile * B + lane
-            here = column < width
-            x = tl.load(first + column * column_stride, mask=(i < T) & here, other=0.0)
-            y = tl.load(second + column * column_stride, mask=(j < T) & here, other=0.0)
-            sums += x.to(ACC) * y.to(ACC)
+        for start in range(outer, tl.minimum(outer + step * INNER, end), step):
+            column = start + lane
+            here = column < end
+            x = tl.load(first + column * column_stride, mask=(i < count) & here, other=0.0).to(ACC)
+            y = tl.load(second + column * column_stride, mask=(j < count) & here, other=0.0).to(ACC)
+            if WEIGHTED:
+                root = tl.load(roots + column, mask=here, other=0.0).to(ACC)
+                x *= root
+                y *= root
+            sums += x * y
         total += tl.sum(sums.to(tl.float64), axis=2)
     at = tl.arange(0, P)[:, None] * P + tl.arange(0, P)[None, :]
     tl.store(partial + program * P * P + at, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def gram_by_products(
-    rows, partial, width, row_stride, column_stride,
-    T: tl.constexpr, P: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    rows, roots, chunks, partial, width, row_stride, column_stride, count,
+    P: tl.constexpr, B: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+    SEGMENTED: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """More rows: one matrix product for each tile, on tensor cores, added up in float64.
 
@@ -67,79 +115,239 @@ def gram_by_products(
     low halves of its numbers.
     """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    begin, end, step = _columns_of(program, programs, chunks, width, B, SEGMENTED)
     row, lane = tl.arange(0, P)[:, None], tl.arange(0, B)[None, :]
-    start = rows + row.to(tl.int64) * row_stride
+    first = rows + row.to(tl.int64) * row_stride
     total = tl.zeros([P, P], tl.float64)
-    for tile in range(program, tl.cdiv(width, B), programs):
-        column = tile * B + lane
-        here = (row < T) & (column < width)
-        x = tl.load(start + column * column_stride, mask=here, other=0.0).to(ACC)
+    for start in range(begin, end, step):
+        column = start + lane
+        here = (row < count) & (column < end)
+        x = tl.load(first + column * column_stride, mask=here, other=0.0).to(ACC)
+        if WEIGHTED:
+            x *= tl.load(roots + column, mask=column < end, other=0.0).to(ACC)
         product = tl.dot(x, tl.trans(x), input_precision=PRECISION, out_dtype=ACC)
         total += product.to(tl.float64)
     at = row * P + tl.arange(0, P)[None, :]
     tl.store(partial + program * P * P + at, total)
 
 
-@triton.jit
-def sum_partials(partial, out, programs, T: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """Second stage, one program for each row of M: out[i] = Σ over programs, in a fixed order."""
-    i, j = tl.program_id(0), tl.arange(0, P)[None, :]
+@triton.jit(do_not_specialize=["count", "programs"])
+def sum_partials(
+    partial, out, firsts, programs, count,
+    P: tl.constexpr, N: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Second stage, one program for each row of each M: the sum over programs, in a fixed order."""
+    i, segment, j = tl.program_id(0), tl.program_id(1), tl.arange(0, P)[None, :]
+    begin, end = 0, programs
+    if SEGMENTED:
+        begin = tl.load(firsts + segment).to(tl.int32)
+        end = tl.load(firsts + segment + 1).to(tl.int32)
     total = tl.zeros([N, P], tl.float64)
-    for start in range(0, programs, N):
+    for start in range(begin, end, N):
         which = start + tl.arange(0, N)[:, None]
-        total += tl.load(partial + (which * P + i) * P + j, mask=which < programs, other=0.0)
+        at = (which.to(tl.int64) * P + i) * P + j
+        total += tl.load(partial + at, mask=which < end, other=0.0)
     column = tl.arange(0, P)
-    tl.store(out + i * T + column, tl.sum(total, axis=0), mask=column < T)
+    to = (segment * count + i) * count + column
+    tl.store(out + to, tl.sum(total, axis=0), mask=column < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def combine_rows(
-    rows, weights, out, width, row_stride, column_stride, out_stride,
-    T: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr,
+    rows, weights, out, chunks, parts, width, row_stride, column_stride, out_stride, count,
+    B: tl.constexpr, ACC: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """out = Gᵀ w. A program reads its columns of all rows before it writes: in place is safe."""
-    column = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    here = column < width
-    start = rows + column * column_stride
-    total = tl.zeros([B], ACC)
-    for t in tl.range(0, T, loop_unroll_factor=8):
-        weight = tl.load(weights + t).to(ACC)
-        total += weight * tl.load(start, mask=here, other=0.0).to(ACC)
-        start += row_stride
-    tl.store(out + column * out_stride, total.to(out.dtype.element_ty), mask=here)
+    program = tl.program_id(0).to(tl.int64)
+    if SEGMENTED:
+        begin = tl.multiple_of(tl.load(chunks + 2 * program), 8)
+        end = tl.multiple_of(tl.load(chunks + 2 * program + 1), 8)
+        weights += tl.load(parts + program) * count
+    else:
+        begin, end = program * B, tl.minimum(program * B + B, width)
+    for first in range(begin, end, B):
+        column = first + tl.arange(0, B)
+        here = column < end
+        start = rows + column * column_stride
+        total = tl.zeros([B], ACC)
+        for t in tl.range(0, count, loop_unroll_factor=8):
+            weight = tl.load(weights + t).to(ACC)
+            total += weight * tl.load(start, mask=here, other=0.0).to(ACC)
+            start += row_stride
+        tl.store(out + column * out_stride, total.to(out.dtype.element_ty), mask=here)
 
 
 def gram(rows: Tensor) -> Tensor:
     """M = G Gᵀ: real [T, D] with any strides, T <= 64 -> float64 [T, T]. Two launches."""
     count, width = rows.shape
-    padded = triton.next_power_of_2(count)
     wide = _in_float64(rows)
-    columns = _COLUMNS[padded] // (2 if wide else 1)
-    most = _PROGRAMS_LARGE if padded > 8 else _PROGRAMS_SMALL
-    programs = max(min(triton.cdiv(width, columns), most), 1)
+    tile = _tile(count, wide)
+    programs = max(min(triton.cdiv(width, tile.columns), tile.programs), 1)
+    return _gram(rows, None, programs, None, 1, tile, wide)[0]
+
+
+def gram_segments(
+    rows: Tensor,
+    bounds: Sequence[int],
+    where: Sequence[int],
+    number: int,
+    roots: Tensor | None,
+) -> Tensor:
+    """M of each part, summed in float64: [T, D] -> [number, T, T]. Two launches.
+
+    Args:
+        rows: real, T <= 64.
+        bounds: start, stop, start, ... of segments, at multiples of 64 bytes.
+        where: the part of each segment.
+        number: of parts.
+        roots: None, or [D]: a factor for each column of all rows.
+    """
+    wide = not _halves_on_tensor_cores(rows)
+    tile = _tile(len(rows), wide)
+    table = _table(tuple(bounds), tuple(where), number, tile.columns, tile.programs, rows.device)
+    return _gram(rows, table, table.count, roots, number, tile, wide)
+
+
+def _gram(
+    rows: Tensor,
+    table: _Table | None,
+    programs: int,
+    roots: Tensor | None,
+    number: int,
+    tile: Tile,
+    wide: bool,
+) -> Tensor:
+    count, width = rows.shape
+    padded = triton.next_power_of_2(count)
     partial = rows.new_empty(programs, padded, padded, dtype=torch.float64)
-    out = rows.new_empty(count, count, dtype=torch.float64)
-    sizes = {"T": count, "P": padded, "B": columns, "ACC": tl.float64 if wide else tl.float32}
-    where = (rows, partial, width, rows.stride(0), rows.stride(1))
+    out = rows.new_empty(number, count, count, dtype=torch.float64)
+    chunks = partial if table is None else table.chunks
+    weighted = roots is not None
+    constants: dict[str, Any] = {
+        "P": padded,
+        "B": tile.columns,
+        "INNER": tile.inner,
+        "ACC": tl.float64 if wide else tl.float32,
+        "SEGMENTED": table is not None,
+        "WEIGHTED": weighted,
+    }
+    kernel = gram_by_lanes
     if padded > 8:
-        precision = "tf32" if rows.dtype.itemsize == 2 else "tf32x3"
-        launch(gram_by_products, (programs,), *where, PRECISION=precision, **sizes)
-    else:
-        launch(gram_by_lanes, (programs,), *where, INNER=_INNER, **sizes)
-    launch(sum_partials, (count,), partial, out, programs, T=count, P=padded, N=1024 // padded)
+        kernel = gram_by_products
+        # What was multiplied by a factor is no 16-bit number any more.
+        short = rows.dtype.itemsize == 2 and not weighted
+        constants["PRECISION"] = "tf32" if short else "tf32x3"
+    where = (rows, rows if roots is None else roots, chunks, partial, width, *rows.stride(), count)
+    if programs:
+        launch(kernel, (programs,), *where, **constants, num_warps=tile.warps)
+    firsts = partial if table is None else table.firsts
+    sizes = {"P": padded, "N": 1024 // padded, "SEGMENTED": table is not None}
+    launch(sum_partials, (count, number), partial, out, firsts, programs, count, **sizes)
     return out
 
 
 def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     """out = Gᵀ w: real [T, D], [T] -> [D], any strides; `out` may be a row of G. One launch."""
+    width = rows.shape[1]
+    if width:
+        _combine(rows, weights, out, None, triton.cdiv(width, COMBINE_COLUMNS))
+
+
+def combine_segments(
+    rows: Tensor, weights: Tensor, bounds: Sequence[int], where: Sequence[int], out: Tensor
+) -> None:
+    """Over each segment out = Gᵀ w with its part's weights, [number, T]. One launch.
+
+    The arguments are those of `gram_segments`; `out` is [D] without gaps, and may be a row of G.
+    """
+    number = len(weights)
+    columns, most = COMBINE_COLUMNS, _COMBINE_PROGRAMS
+    table = _table(tuple(bounds), tuple(where), number, columns, most, rows.device)
+    if table.count:
+        _combine(rows, weights, out, table, table.count)
+
+
+def _combine(
+    rows: Tensor, weights: Tensor, out: Tensor, table: _Table | None, programs: int
+) -> None:
     count, width = rows.shape
-    if width == 0:
-        return
+    weights = weights.contiguous()
+    tables = (weights, weights) if table is None else (table.chunks, table.parts)
+    where = (rows, weights, out, *tables, width, *rows.stride(), out.stride(0), count)
     wide = tl.float64 if rows.dtype in (torch.float32, torch.float64) else tl.float32
-    grid = (triton.cdiv(width, _COMBINE_COLUMNS),)
-    sizes = {"T": count, "B": _COMBINE_COLUMNS, "ACC": wide}
-    strides = (*rows.stride(), out.stride(0))
-    launch(combine_rows, grid, rows, weights.contiguous(), out, width, *strides, **sizes)
+    constants = {"B": COMBINE_COLUMNS, "ACC": wide, "SEGMENTED": table is not None}
+    launch(combine_rows, (programs,), *where, **constants, num_warps=COMBINE_WARPS)
+
+
+class _Table(NamedTuple):
+    """Segments cut into one chunk a program, those of a part side by side; on the device."""
+
+    count: int
+    chunks: Tensor
+    """[count, 2] int64: first column and end."""
+    parts: Tensor
+    """[count] int64."""
+    firsts: Tensor
+    """[number + 1] int64: the first chunk of each part."""
+
+
+_MOST_TABLES = 64
+_tables: dict[tuple[Any, ...], _Table] = {}
+# A captured graph goes on reading the tables that it was captured with.
+_captured: list[_Table] = []
+
+
+def _table(
+    bounds: tuple[int, ...],
+    where: tuple[int, ...],
+    number: int,
+    columns: int,
+    most: int,
+    device: torch.device,
+) -> _Table:
+    total = sum(bounds[1::2]) - sum(bounds[::2])
+    # As long as `most` programs together have all columns, and the segments' ends besides.
+    length = max(triton.cdiv(triton.cdiv(total, most), columns), 1) * columns
+    key = (bounds, where, number, length, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in _tables:
+        if capturing:
+            raise RuntimeError(
+                "run one step of surgery on the same parameters before capturing it in a CUDA "
+                "graph: what granularity= and metric= need on the device is copied there once, "
+                "and cannot be copied while a graph is captured"
+            )
+        while len(_tables) >= _MOST_TABLES:
+            _tables.pop(next(iter(_tables)))
+        _tables[key] = _make_table(*key)
+    if capturing:
+        _captured.append(_tables[key])
+    return _tables[key]
+
+
+def _make_table(
+    bounds: tuple[int, ...],
+    where: tuple[int, ...],
+    number: int,
+    length: int,
+    device: torch.device,
+) -> _Table:
+    segments = sorted(zip(where, bounds[::2], bounds[1::2], strict=True))
+    chunks = [
+        (start, min(start + length, stop), part)
+        for part, begin, stop in segments
+        for start in range(begin, stop, length)
+    ]
+    parts = [part for _, _, part in chunks]
+    firsts = [0] * (number + 1)
+    for part in parts:
+        firsts[part + 1] += 1
+    for part in range(number):
+        firsts[part + 1] += firsts[part]
+    flat = [end for start, stop, _ in chunks for end in (start, stop)]
+    moved = torch.tensor([*flat, *parts, *firsts]).to(device, non_blocking=True)
+    ends, which, first = moved.split([len(flat), len(parts), len(firsts)])
+    return _Table(len(chunks), ends, which, first)
 
 
 def resolution(rows: Tensor) -> float:
@@ -150,11 +358,25 @@ def resolution(rows: Tensor) -> float:
     return 1e-6 if rows.shape[0] > 8 else 4e-7 if rows.dtype.itemsize == 2 else 1e-8
 
 
+def segments_resolution(rows: Tensor) -> float:
+    """The same of `gram_segments`."""
+    return 1e-6 if _halves_on_tensor_cores(rows) else torch.finfo(torch.float64).eps
+
+
+def _halves_on_tensor_cores(rows: Tensor) -> bool:
+    # A matrix product of float64 cannot be compiled where 16-bit numbers are loaded for it.
+    return rows.dtype.itemsize == 2 and rows.shape[0] > 8
+
+
 def _in_float64(rows: Tensor) -> bool:
-    # A few columns in float64 cost next to nothing, and their rounding would not average out. A
-    # matrix product of float64 cannot be compiled where 16-bit numbers are loaded for it.
-    halves_on_tensor_cores = rows.dtype.itemsize == 2 and rows.shape[0] > 8
-    return rows.dtype == torch.float64 or (rows.shape[1] <= SMALL and not halves_on_tensor_cores)
+    # A few columns in float64 cost next to nothing, and their rounding would not average out.
+    few = rows.shape[1] <= SMALL and not _halves_on_tensor_cores(rows)
+    return rows.dtype == torch.float64 or few
+
+
+def _tile(count: int, wide: bool) -> Tile:
+    tile = GRAM_TILES[triton.next_power_of_2(count)]
+    return tile._replace(columns=tile.columns // 2) if wide else tile
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:

@@ -1,7 +1,7 @@
-"""Triton kernels for the T×T work between gram and combine: one small launch for each step.
+"""Triton kernels for the projections between gram and combine, T <= 64: PCGrad, AGS, GradVac.
 
-Rows of the coefficient matrix do not depend on each other (every projection is onto an original
-gradient), so each is a program of its own; T <= 64. Importing this module needs Triton.
+Rows of the coefficient matrix do not depend on each other, since every projection is onto an
+original gradient. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsurgery.kernels.triton_linear import load_gram, product
 from gradsurgery.kernels.triton_rows import launch
 
-__all__ = ["ags", "draw_orders", "guard", "project", "rescale", "vaccinate"]
+__all__ = ["ags", "draw_orders", "per_matrix", "project", "rescale", "vaccinate"]
 
 # How often each device's captured graphs have been replayed: the seed is frozen into a graph.
 _replays: dict[torch.device, Tensor] = {}
@@ -43,33 +44,67 @@ def random_orders(
 
 
 @triton.jit
-def project_row(gram, orders, altered, T: tl.constexpr, P: tl.constexpr):
-    """altered[batch, i] = the coefficients of ĝ_i, conflicts with the others projected away."""
-    batch, i = tl.program_id(0), tl.program_id(1)
-    k = tl.arange(0, P)
-    start = gram + batch * T * T
-    mine = tl.where(k == i, 1.0, 0.0).to(tl.float64)
+def _projected(gram, orders, T: tl.constexpr, P: tl.constexpr):
+    """[P]: the coefficients of Σ_i ĝ_i, all i at once, each i in its own order of the others."""
+    i = tl.arange(0, P)
+    row, k = i[:, None], i[None, :]
+    mine = tl.where((row == k) & (row < T), 1.0, 0.0).to(tl.float64)
     for step in range(T):
-        j = tl.load(orders + (batch * T + i) * T + step)
-        column = tl.load(start + j * T + k, mask=k < T, other=0.0)
-        square = tl.load(start + j * T + j)
-        dot = tl.sum(mine * column, axis=0)
+        j = i * 0 + step
+        if T > 2:
+            j = tl.load(orders + i * T + step, mask=i < T, other=0).to(tl.int32)
+        column = tl.load(gram + j[:, None] * T + k, mask=(row < T) & (k < T), other=0.0)
+        square = tl.load(gram + j * (T + 1), mask=i < T, other=0.0)
+        dot = tl.sum(mine * column, axis=1)
         wanted = (dot < 0) & (j != i) & (square != 0)
         removed = tl.where(wanted, -dot / tl.where(wanted, square, 1.0), 0.0)
-        mine += tl.where(k == j, removed, 0.0)
-    tl.store(altered + (batch * T + i) * T + k, mine, mask=k < T)
+        mine += tl.where(k == j[:, None], removed[:, None], 0.0)
+    return tl.sum(mine, axis=0)
+
+
+@triton.jit
+def _rescaled(m, w, LIMIT: tl.constexpr, NOISE: tl.constexpr, P: tl.constexpr):
+    """w · sqrt(1ᵀM1 / wᵀMw), up to `limit`; w itself where only noise is left."""
+    i, j = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
+    square = tl.sum(tl.where(i == j, m, 0.0), axis=1)
+    before = tl.maximum(tl.sum(tl.sum(m, axis=1), axis=0), 0.0)
+    after = tl.sum(w * product(m, w), axis=0)
+    size = tl.sum(tl.abs(w) * tl.sqrt(tl.maximum(square, 0.0)), axis=0)
+    usable = after > tl.full([], NOISE, tl.float64) * size * size
+    factor = tl.sqrt(before / tl.where(usable, after, 1.0))
+    # Of float64: a number of the host's, as it stands, would be one of float32.
+    limit = tl.full([], LIMIT, tl.float64)
+    return w * tl.where(usable, tl.where(factor > limit, limit, factor), 1.0)
+
+
+@triton.jit
+def project_all(
+    gram, orders, out,
+    LIMIT: tl.constexpr, NOISE: tl.constexpr, RESCALE: tl.constexpr,
+    T: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """PCGrad's weights, or with RESCALE those of AGS; NaN where M is not finite."""
+    batch, i = tl.program_id(0), tl.arange(0, P)
+    m, finite = load_gram(gram, batch, T, P)
+    w = _projected(gram + batch * T * T, orders + batch * T * T, T, P)
+    if RESCALE:
+        w = _rescaled(m, w, LIMIT, NOISE, P)
+    tl.store(out + batch * T + i, tl.where(finite, w, float("nan")), mask=i < T)
 
 
 @triton.jit
 def vaccinate_row(
-    gram, orders, target, altered, moved,
+    gram, orders, target, altered,
     BETA: tl.constexpr, MOST: tl.constexpr, T: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """GradVac for row i: its altered gradient's coefficients, and its new target cosines."""
+    """GradVac for row i: its altered gradient's coefficients; its target cosines move in place.
+
+    Where M is not finite the coefficients are NaN, and the targets stay.
+    """
     batch, i = tl.program_id(0), tl.program_id(1)
-    k, l = tl.arange(0, P), tl.arange(0, P)[:, None]
+    k = tl.arange(0, P)
     start = gram + batch * T * T
-    m = tl.load(start + l * T + k[None, :], mask=(l < T) & (k[None, :] < T), other=0.0)
+    m, finite = load_gram(gram, batch, T, P)
     at = (batch * T + i) * T
     wanted_all = tl.load(target + at + k, mask=k < T, other=0.0)
     before = wanted_all
@@ -78,9 +113,7 @@ def vaccinate_row(
         j = tl.load(orders + at + step)
         column = tl.load(start + j * T + k, mask=k < T, other=0.0)
         norm = tl.sqrt(tl.load(start + j * T + j))
-        # m is symmetric: the sum over l of m[l, k] c[k] serves as the product with a row of c.
-        product = tl.sum(m * mine[None, :], axis=1)
-        length = tl.sqrt(tl.maximum(tl.sum(product * mine, axis=0), 0.0))
+        length = tl.sqrt(tl.maximum(tl.sum(product(m, mine) * mine, axis=0), 0.0))
         defined = (j != i) & (length > 0) & (norm > 0)
         scale = tl.where(defined, length * norm, 1.0)
         cosine = tl.sum(mine * column, axis=0) / scale
@@ -94,54 +127,28 @@ def vaccinate_row(
         change = tl.where(defined, BETA * (cosine - wanted), 0.0)
         mine += tl.where(k == j, added, 0.0)
         wanted_all += tl.where(k == j, change, 0.0)
-    finite = tl.sum(tl.sum(m - m, axis=1), axis=0) == 0
-    tl.store(altered + at + k, mine, mask=k < T)
-    tl.store(moved + at + k, tl.where(finite, wanted_all, before), mask=k < T)
+    tl.store(altered + at + k, tl.where(finite, mine, float("nan")), mask=k < T)
+    tl.store(target + at + k, tl.where(finite, wanted_all, before), mask=k < T)
 
 
 @triton.jit
 def sum_rows(altered, out, T: tl.constexpr, P: tl.constexpr):
     """out[batch] = column sums: the coefficients of Σ_i ĝ_i."""
-    batch = tl.program_id(0)
-    i, k = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
-    mask = (i < T) & (k < T)
-    rows = tl.load(altered + (batch * T + i) * T + k, mask=mask, other=0.0)
-    column = tl.arange(0, P)
+    batch, column = tl.program_id(0), tl.arange(0, P)
+    rows, _ = load_gram(altered, batch, T, P)
     tl.store(out + batch * T + column, tl.sum(rows, axis=0), mask=column < T)
 
 
 @triton.jit
 def rescale_one(
-    gram, weights, out,
-    LIMIT: tl.constexpr, NOISE: tl.constexpr, T: tl.constexpr, P: tl.constexpr,
+    gram, weights, out, LIMIT: tl.constexpr, NOISE: tl.constexpr, T: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """out = w · sqrt(1ᵀM1 / wᵀMw), up to LIMIT; w itself where only noise is left."""
-    batch = tl.program_id(0)
-    i, k = tl.arange(0, P), tl.arange(0, P)[None, :]
-    mask = (i[:, None] < T) & (k < T)
-    m = tl.load(gram + (batch * T + i[:, None]) * T + k, mask=mask, other=0.0)
+    """`_rescaled` of given weights; NaN where M is not finite."""
+    batch, i = tl.program_id(0), tl.arange(0, P)
+    m, finite = load_gram(gram, batch, T, P)
     w = tl.load(weights + batch * T + i, mask=i < T, other=0.0)
-    square = tl.load(gram + (batch * T + i) * T + i, mask=i < T, other=0.0)
-    before = tl.maximum(tl.sum(tl.sum(m, axis=1), axis=0), 0.0)
-    after = tl.sum(w * tl.sum(m * w[None, :], axis=1), axis=0)
-    size = tl.sum(tl.abs(w) * tl.sqrt(tl.maximum(square, 0.0)), axis=0)
-    usable = after > NOISE * size * size
-    factor = tl.sqrt(before / tl.where(usable, after, 1.0))
-    if LIMIT is not None:
-        factor = tl.where(factor > LIMIT, LIMIT, factor)
-    tl.store(out + batch * T + i, w * tl.where(usable, factor, 1.0), mask=i < T)
-
-
-@triton.jit
-def guard_one(gram, weights, out, T: tl.constexpr, P: tl.constexpr):
-    """out = w, and NaN where any entry of M is not finite."""
-    batch = tl.program_id(0)
-    i, k = tl.arange(0, P), tl.arange(0, P)[None, :]
-    mask = (i[:, None] < T) & (k < T)
-    m = tl.load(gram + (batch * T + i[:, None]) * T + k, mask=mask, other=0.0)
-    w = tl.load(weights + batch * T + i, mask=i < T, other=0.0)
-    # x - x is 0 for a number, NaN for infinity and NaN.
-    tl.store(out + batch * T + i, w + tl.sum(tl.sum(m - m, axis=1), axis=0), mask=i < T)
+    w = tl.where(finite, _rescaled(m, w, LIMIT, NOISE, P), float("nan"))
+    tl.store(out + batch * T + i, w, mask=i < T)
 
 
 def draw_orders(shape: torch.Size, device: torch.device, *, shared: bool, seed: int) -> Tensor:
@@ -167,57 +174,54 @@ def draw_orders(shape: torch.Size, device: torch.device, *, shared: bool, seed: 
 
 
 def project(gram: Tensor, orders: Tensor) -> Tensor:
-    """PCGrad's coefficients, [..., T, T] float64 and orders -> [..., T]. Two launches."""
-    gram, orders = gram.contiguous(), orders.contiguous()
-    altered = torch.empty_like(gram)
-    batch, sizes = _sizes(gram)
-    launch(project_row, (batch, gram.shape[-1]), gram, orders, altered, **sizes)
-    return _sum_rows(altered)
-
-
-def vaccinate(
-    gram: Tensor, orders: Tensor, target: Tensor, beta: float, most: float
-) -> tuple[Tensor, Tensor]:
-    """GradVac's coefficients [..., T] and new targets [..., T, T]. Two launches."""
-    gram, orders, target = gram.contiguous(), orders.contiguous(), target.contiguous()
-    altered, moved = torch.empty_like(gram), torch.empty_like(target)
-    batch, sizes = _sizes(gram)
-    grid, constants = (batch, gram.shape[-1]), {"BETA": beta, "MOST": most, **sizes}
-    launch(vaccinate_row, grid, gram, orders, target, altered, moved, **constants)
-    return _sum_rows(altered), moved
+    """PCGrad's coefficients, [..., T, T] float64 and orders -> [..., T]. One launch."""
+    return _project(gram, orders, math.inf, 0.0, rescaled=False)
 
 
 def ags(gram: Tensor, orders: Tensor, limit: float, noise: float) -> Tensor:
-    """`project` and `rescale`: three launches."""
-    return rescale(gram, project(gram, orders), limit, noise)
+    """`project` and `rescale` in one launch."""
+    return _project(gram, orders, limit, noise, rescaled=True)
+
+
+def _project(
+    gram: Tensor, orders: Tensor, limit: float, noise: float, *, rescaled: bool
+) -> Tensor:
+    # Two tasks meet each other in one order only, which the kernel does not read.
+    orders = orders if gram.shape[-1] <= 2 else orders.contiguous()
+    return per_matrix(project_all, gram, orders, LIMIT=limit, NOISE=noise, RESCALE=rescaled)
+
+
+def vaccinate(gram: Tensor, orders: Tensor, target: Tensor, beta: float, most: float) -> Tensor:
+    """GradVac's coefficients [..., T]; `target`, [..., T, T], moves in place. Two launches."""
+    gram, orders = gram.contiguous(), orders.contiguous()
+    moved, altered = target.contiguous(), torch.empty_like(gram)
+    count = gram.shape[-1]
+    grid, constants = (gram.numel() // count**2, count), {"BETA": beta, "MOST": most}
+    launch(vaccinate_row, grid, gram, orders, moved, altered, **constants, **_sizes(count))
+    if moved is not target:
+        target.copy_(moved)
+    return per_matrix(sum_rows, altered)
 
 
 def rescale(gram: Tensor, weights: Tensor, limit: float, noise: float) -> Tensor:
     """w · sqrt(1ᵀM1 / wᵀMw), with a factor of at most `limit`. One launch."""
-    most = None if math.isinf(limit) else limit
-    return _one_by_one(rescale_one, gram, weights, LIMIT=most, NOISE=noise)
+    return per_matrix(rescale_one, gram, weights.contiguous(), LIMIT=limit, NOISE=noise)
 
 
-def guard(gram: Tensor, weights: Tensor) -> Tensor:
-    """w, and NaN where M is not finite. One launch."""
-    return _one_by_one(guard_one, gram, weights)
+def per_matrix(kernel: Any, gram: Tensor, *tensors: Tensor, **constants: Any) -> Tensor:
+    """Launch a kernel (gram, *tensors, out), one program a matrix: [..., T, T] -> [..., T].
 
-
-def _one_by_one(kernel: Any, gram: Tensor, weights: Tensor, **constants: Any) -> Tensor:
-    gram, weights = gram.contiguous(), weights.contiguous()
-    out = torch.empty_like(weights)
-    batch, sizes = _sizes(gram)
-    launch(kernel, (batch,), gram, weights, out, **constants, **sizes)
-    return out
-
-
-def _sum_rows(altered: Tensor) -> Tensor:
-    out = altered.new_empty(altered.shape[:-1])
-    batch, sizes = _sizes(altered)
-    launch(sum_rows, (batch,), altered, out, **sizes)
-    return out
-
-
-def _sizes(gram: Tensor) -> tuple[int, dict[str, int]]:
+    Hyperparameters are constants of the kernel: as arguments they would arrive as float32.
+    """
+    gram = gram.contiguous()
     count = gram.shape[-1]
-    return gram.numel() // count**2, {"T": count, "P": triton.next_power_of_2(count)}
+    out = gram.new_empty(gram.shape[:-1])
+    batch = out.numel() // count
+    if batch:
+        launch(kernel, (batch,), gram, *tensors, out, **constants, **_sizes(count))
+    return out
+
+
+def _sizes(count: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(count)
+    return {"T": count, "P": padded, "num_warps": max(min(padded * padded // 256, 8), 1)}
