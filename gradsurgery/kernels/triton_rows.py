@@ -39,6 +39,8 @@ class Tile(NamedTuple):
     """Most programs. Fixed, so that the sums do not depend on the device's size."""
     inner: int = 32
     """Tiles that are summed in float32 before they are added up in float64."""
+    stages: int = 3
+    """Tiles on their way from memory at a time, where the products are matrix products."""
 
 
 # By the padded number of rows; above 8 rows the products are matrix products.
@@ -239,7 +241,8 @@ def _gram(
         constants["PRECISION"] = "tf32" if short else "tf32x3"
     where = (rows, rows if roots is None else roots, chunks, partial, width, *rows.stride(), count)
     if programs:
-        launch(kernel, (programs,), *where, **constants, num_warps=tile.warps)
+        constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        launch(kernel, (programs,), *where, **constants)
     firsts = partial if table is None else table.firsts
     sizes = {"P": padded, "N": 1024 // padded, "SEGMENTED": table is not None}
     launch(sum_partials, (count, number), partial, out, firsts, programs, count, **sizes)

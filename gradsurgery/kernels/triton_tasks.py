@@ -105,6 +105,8 @@ def vaccinate_row(
     k = tl.arange(0, P)
     start = gram + batch * T * T
     m, finite = load_gram(gram, batch, T, P)
+    # Of float64: a number of the host's, as it stands, would be one of float32.
+    most = tl.full([], MOST, tl.float64)
     at = (batch * T + i) * T
     wanted_all = tl.load(target + at + k, mask=k < T, other=0.0)
     before = wanted_all
@@ -119,7 +121,7 @@ def vaccinate_row(
         cosine = tl.sum(mine * column, axis=0) / scale
         cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
         wanted = tl.sum(tl.where(k == j, wanted_all, 0.0), axis=0)
-        limited = tl.minimum(tl.maximum(wanted, -MOST), MOST)
+        limited = tl.where(wanted > most, most, tl.where(wanted < -most, -most, wanted))
         sine = tl.sqrt(1 - limited * limited)
         pull = limited * tl.sqrt(1 - cosine * cosine) - cosine * sine
         added = length * pull / tl.where(defined, norm * sine, 1.0)

@@ -18,9 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from gradsurgery import AdaptiveGradientSurgery, aggregate, kernels, methods
-from gradsurgery.kernels import _backend, blocked, reference, tasks, triton_rows, triton_tasks
+from gradsurgery.kernels import (
+    _backend,
+    blocked,
+    reference,
+    spans,
+    tasks,
+    triton_rows,
+    triton_tasks,
+)
 from gradsurgery.methods import ags, gradvac, pcgrad
 from gradsurgery.methods._projection import draw_orders
+from span_checks import check as check_spans
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -238,7 +247,25 @@ def test_at_most_eight_launches_between_backward_and_step(
     free = ("empty", "alias", "select", "slice", "detach", "expand", "randint")
     others = [name for name in moved if not name.removeprefix("aten::").startswith(free)]
     assert len(launched) + len(others) <= 8, (launched, others)
-    assert len(launched) >= (0 if not methods.resolve(name).reads_gram else 5)
+    assert len(launched) >= (0 if not methods.resolve(name).reads_gram else 4)
+
+
+@pytest.mark.parametrize("dtype", [*GRAM_TOLERANCE, torch.complex64], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 8] if INTERPRETED else [1, 2, 3, 8, 9, 40, 64])
+def test_segments(count: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(count)
+    gradients = torch.randn(count, 4096, generator=generator).to(dtype).to(DEVICE)
+    tolerance = max(spans.resolution(gradients), 1e-13)
+    # Neighbours, an empty one, gaps before, between and behind, and one of several chunks.
+    check_spans(gradients, [(32, 64), (64, 64), (64, 1088), (1152, 1184), (1184, 4064)], tolerance)
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_long_segments_are_shared_out(count: int) -> None:
+    unit = 320 if INTERPRETED else 16_000
+    gradients = rows(count, 200 * unit, torch.float32)
+    bounds = [(0, 16), (16, 130 * unit), (130 * unit, 130 * unit + 16), (150 * unit, 200 * unit)]
+    check_spans(gradients, bounds, 1e-12)
 
 
 def test_a_forced_backend_is_loud() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -45,23 +46,37 @@ def test_kernels_on_rows_compile(count: int, dtype: str, capability: int) -> Non
     import triton.language as tl
 
     padded = triton.next_power_of_2(count)
-    rows = f"*{dtype}"
+    rows, number, index = f"*{dtype}", "*fp64", "*i64"
     double = dtype == "fp64"
-    few_in_float64 = double or count <= 8 or dtype == "fp32"
+    in_float64 = double or count <= 8 or dtype == "fp32"
     # A few columns are summed in float64; many need 64-bit offsets.
-    for index, wide in (("i32", few_in_float64), ("i32", double), ("i64", double)):
-        shared = {"T": count, "P": padded, "B": triton_rows._COLUMNS[padded] // (2 if wide else 1)}
-        shared["ACC"] = tl.float64 if wide else tl.float32
-        types = [rows, "*fp64", index, index, "i32"]
+    for size, wide, segmented in (
+        ("i32", in_float64, False),
+        ("i64", double, False),
+        ("i32", in_float64, True),
+    ):
+        tile = triton_rows._tile(count, wide)
+        constants = {
+            "P": padded,
+            "B": tile.columns,
+            "INNER": tile.inner,
+            "ACC": tl.float64 if wide else tl.float32,
+            "SEGMENTED": segmented,
+            "WEIGHTED": segmented,
+        }
+        # Factors for the columns are float32, and float64 for float64 rows.
+        roots = "*fp64" if double else "*fp32"
+        types = [rows, roots, index, number, size, size, "i32", "i32"]
         if padded > 8:
             kernel = triton_rows.gram_by_products
-            shared["PRECISION"] = "tf32x3" if dtype in ("fp32", "fp64") else "tf32"
+            short = dtype in ("fp16", "bf16") and not segmented
+            constants["PRECISION"] = "tf32" if short else "tf32x3"
         else:
-            kernel, shared["INNER"] = triton_rows.gram_by_lanes, triton_rows._INNER
-        assert compiled(kernel, types, shared, capability)
+            kernel = triton_rows.gram_by_lanes
+        assert compiled(kernel, types, constants, capability)
         wider = tl.float64 if dtype in ("fp32", "fp64") else tl.float32
-        constants = {"T": count, "B": triton_rows._COMBINE_COLUMNS, "ACC": wider}
-        types = [rows, "*fp64", rows, index, index, "i32", "i32"]
+        constants = {"B": triton_rows.COMBINE_COLUMNS, "ACC": wider, "SEGMENTED": segmented}
+        types = [rows, number, rows, index, index, size, size, "i32", "i32", "i32"]
         assert compiled(triton_rows.combine_rows, types, constants, capability)
 
 
@@ -71,25 +86,28 @@ def test_small_kernels_compile(count: int, capability: int) -> None:
     padded = triton.next_power_of_2(count)
     sizes: dict[str, Any] = {"T": count, "P": padded}
     number, order = "*fp64", "*i64"
+    limits = {"LIMIT": math.inf, "NOISE": 1e-8}
     cases: list[tuple[Any, list[str], dict[str, Any]]] = [
-        (triton_rows.sum_partials, [number, number, "i32"], {"N": 1024 // padded}),
-        (triton_tasks.project_row, [number, order, number], {}),
+        (triton_tasks.project_all, [number, order, number], {**limits, "RESCALE": False, **sizes}),
+        (triton_tasks.project_all, [number, order, number], {**limits, "RESCALE": True, **sizes}),
         (
             triton_tasks.vaccinate_row,
-            [number, order, number, number, number],
-            {"BETA": 0.01, "MOST": 1 - 1e-6},
+            [number, order, number, number],
+            {"BETA": 0.01, "MOST": 1 - 1e-6, **sizes},
         ),
-        (triton_tasks.sum_rows, [number, number], {}),
-        (triton_tasks.rescale_one, [number] * 3, {"LIMIT": None, "NOISE": 1e-8}),
-        (triton_tasks.rescale_one, [number] * 3, {"LIMIT": 2.0, "NOISE": 1e-8}),
-        (triton_tasks.guard_one, [number] * 3, {}),
+        (triton_tasks.sum_rows, [number, number], sizes),
+        (triton_tasks.rescale_one, [number] * 3, {"LIMIT": 2.0, "NOISE": 1e-8, **sizes}),
     ]
+    for segmented in (True, False):
+        constants = {"P": padded, "N": 1024 // padded, "SEGMENTED": segmented}
+        types = [number, number, order, "i32", "i32"]
+        cases.append((triton_rows.sum_partials, types, constants))
     for shared in (True, False):
         for captured in (True, False):
             constants = {"SHARED": shared, "CAPTURED": captured}
-            cases.append((triton_tasks.random_orders, [order, "i32", order], constants))
+            cases.append((triton_tasks.random_orders, [order, "i32", order], constants | sizes))
     for kernel, types, constants in cases:
-        assert compiled(kernel, types, constants | sizes, capability)
+        assert compiled(kernel, types, constants, capability)
 
 
 @pytest.mark.slow
