@@ -57,6 +57,8 @@ class TaskGradients:
         self.spare = False
         self.buffers: list[Tensor] = []
         """One for each kind of parameter, [count, width]."""
+        self._padding: list[Tensor] = []
+        """Of each buffer the columns that belong to no parameter, int64 on its device."""
         self._spread: list[tuple[object, ...]] = []
         self._slots: list[_Slot] = []
         self._views: list[list[Tensor]] = []
@@ -83,7 +85,8 @@ class TaskGradients:
             ranks: for each parameter its place among those of its kind, in ascending order (so
                 that surgery over those of one rank sees one contiguous piece).
             keep: gradients that are here already stay: parameters may only be added.
-            clear: False where every column will be written: what is here may stay.
+            clear: False where every gradient will be written: what is here may stay. Padding is
+                zero all the same.
             spare: one more row for the combined gradient, so that all tasks' stay.
         """
         described = [
@@ -102,9 +105,12 @@ class TaskGradients:
             clear = True
         else:
             self._mend_views()
-        if clear:
-            for buffer in self.buffers:
+        for buffer, padding in zip(self.buffers, self._padding, strict=True):
+            if clear:
                 buffer.zero_()
+            else:
+                # `combine` writes whole segments: weights that are not finite, into padding too.
+                buffer.index_fill_(1, padding, 0)
 
     def release(self) -> None:
         """Forget everything; memory stays alive only as far as others hold views of it."""
@@ -273,15 +279,20 @@ class TaskGradients:
         slots: dict[int, _Slot] = {}
         for block, ((dtype, device, spread), indices) in enumerate(kinds.items()):
             width = 0
+            padding: list[int] = []
             alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
             for index in sorted(indices, key=lambda i: ranks[i]):
                 p = local_part(parameters[index])
                 length = -(-p.numel() // alignment) * alignment
                 strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
                 slots[index] = _Slot(block, width, length, p.shape, tuple(strides))
+                padding += range(width + p.numel(), width + length)
                 width += length
-            width += -width % (alignment * self.parts)
+            begin, width = width, width + -width % (alignment * self.parts)
+            padding += range(begin, width)
             self.buffers.append(torch.empty(count + spare, width, dtype=dtype, device=device))
+            columns = torch.tensor(padding, dtype=torch.int64)
+            self._padding.append(columns.to(device, non_blocking=True))
             self._spread.append(spread)
         # In the order of memory, so that neighbours in the list are neighbours in the buffer.
         order = sorted(slots, key=lambda i: (slots[i].block, slots[i].start))
