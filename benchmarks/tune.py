@@ -66,9 +66,12 @@ def in_use(padded: int | None, candidate: Any) -> Iterator[None]:
     """A tile for gram of so many padded rows, or columns and warps for combine."""
     from gradsurgery.kernels import triton_rows
 
-    before = dict(triton_rows.GRAM_TILES), (
-        triton_rows.COMBINE_COLUMNS,
-        triton_rows.COMBINE_WARPS,
+    before = (
+        dict(triton_rows.GRAM_TILES),
+        (
+            triton_rows.COMBINE_COLUMNS,
+            triton_rows.COMBINE_WARPS,
+        ),
     )
     try:
         if padded is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -20,16 +21,25 @@ __all__ = [
     "sparse_error",
 ]
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
 
 def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: GraphSurvey) -> None:
     """Check what a backward would meet.
 
     Raises:
-        ValueError: a sparse gradient, gradients of another dtype than the parameter's, DTensors
+        ValueError: a tensor subclass that wraps other tensors, unless it is a DTensor; a sparse
+            gradient, gradients of another dtype than the parameter's, DTensors
             that are neither sharded nor replicated, or DTensors beside plain parameters.
     """
     sparse = {id(leaf) for leaf in seen.sparse}
     for p in parameters:
+        if type(p) not in _PLAIN and _keeps_other_memory(p):
+            raise ValueError(
+                f"parameter {name_of(p, optimizer)} is a {type(p).__name__}, a tensor that keeps "
+                "its numbers in tensors of its own: surgery writes gradients into flat memory, and "
+                "of such tensors takes DTensors alone; leave this parameter to another optimizer"
+            )
         if p.layout != torch.strided or id(p) in sparse:
             raise sparse_error(p, optimizer)
         if getattr(p, "grad_dtype", None) not in (None, p.dtype):
@@ -50,6 +60,14 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
             f"parameter {name_of(p, optimizer)} is no DTensor while others are: its gradient "
             "would stay this process's own; call fully_shard on the root module too"
         )
+
+
+def _keeps_other_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is a wrapper around others, with operations of its own, and no DTensor."""
+    if hasattr(tensor, "device_mesh"):
+        return False
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not isinstance(tensor, FakeTensor)
 
 
 def check_replicated(

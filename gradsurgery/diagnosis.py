@@ -113,7 +113,7 @@ class Diagnosis:
         return {
             "no": (
                 f"No: the tasks hardly fight. {rate:.0%} of the pairs conflict, and where nothing "
-                "conflicts AGS and PCGrad are the plain sum to the bit."
+                "conflicts AGS and PCGrad weigh every task 1, the plain sum."
             ),
             "rescale": (
                 f"Only the length: {rate:.0%} of the pairs conflict, but AGS's direction is "

@@ -457,7 +457,8 @@ class Surgery:
         """Measure M and ask the method."""
         if self.method.one_backward:
             return self._ask(names, device, values)
-        layout, parts = self._layout(rows), self._part_names()
+        layout = self._layout(rows)
+        parts = self._part_names(layout.parameters)
         roots = None
         if self.options.metric == "optimizer":
             roots = roots_of(self.optimizer, layout, operated)
@@ -481,19 +482,32 @@ class Surgery:
         if weights.dim() == 1:
             rows.combine(operated, weights)
             return
-        parts = self._part_names()
-        where = [parts.of(p) for p in self._layout(rows).parameters]
+        layout = self._layout(rows)
+        parts = self._part_names(layout.parameters)
+        where = [parts.of(p) for p in layout.parameters]
         rows.combine_parts(operated, where, weights)
 
     @staticmethod
     def _layout(rows: TaskGradients | SpreadRows) -> TaskGradients:
         return rows if isinstance(rows, TaskGradients) else rows.full
 
-    def _part_names(self) -> Parts:
-        """The parts of the model, as the optimizer's groups are now."""
+    def _held(self) -> list[Tensor]:
+        """The parameters whose rows hold micro-batches; none where nothing waits."""
+        return self.waiting() if self._rows_wait else []
+
+    def _part_names(self, held: Sequence[Tensor]) -> Parts:
+        """The parts of the model, as the optimizer's groups are now.
+
+        Args:
+            held: parameters that have rows. One that was frozen after the first micro-batch is
+                among them, and belongs to the part that it was in.
+        """
         if self.options.whole:
             return _WHOLE
-        parameters = self.parameters()
+        unique = {id(p): p for p in [*self.parameters(), *held]}
+        parameters = [
+            p for group in self.optimizer.param_groups for p in group["params"] if id(p) in unique
+        ]
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         key = (*map(id, parameters), *sizes)
         if self._parts is None or self._parts[0] != key:
@@ -585,7 +599,7 @@ class Surgery:
         """
         everything = self.options.scope == "all"
         needed = 1 if gather or everything else 2
-        waiting = self.waiting() if self._rows_wait else []
+        waiting = self._held()
         captured = {id(p): p for p in waiting}
         for p in parameters:
             if masks[id(p)].bit_count() >= needed or opaque:
@@ -593,7 +607,7 @@ class Surgery:
         # What an opaque node reached last time is the best guess at what it will reach now. A
         # wrong guess costs a few more calls of the kernels, never a wrong result.
         guesses = [masks.get(key, 0) | self._reach.get(key, opaque) for key in captured]
-        parts = self._part_names()
+        parts = self._part_names(waiting)
         last = max(len(parts.names), 1)
         ranks = [
             parts.of(p) if everything or guess.bit_count() >= 2 else last
@@ -614,7 +628,10 @@ class Surgery:
                 f"{', '.join(self._pending)} are waiting: micro-batches of one step have the "
                 "same tasks; zero_grad() drops those that wait"
             )
-        parts = 0 if self.method.one_backward else len(self._part_names().names)
+        if len(names) == 1:
+            # Nothing is to be weighed: the method and its state are not asked.
+            return
+        parts = 0 if self.method.one_backward else len(self._part_names(self._held()).names)
         self.method.check(torch.Size([parts, len(names)] if parts else [len(names)]))
 
     def _foreign(

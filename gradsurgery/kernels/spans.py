@@ -76,15 +76,11 @@ def _combine(
         return
     from gradsurgery.kernels import triton_rows
 
-    with_fallback(
-        lambda: triton_rows.combine_segments(rows, weights, bounds, where, out), plainly
-    )
+    with_fallback(lambda: triton_rows.combine_segments(rows, weights, bounds, where, out), plainly)
 
 
 @_combine.register_fake
-def _(
-    rows: Tensor, weights: Tensor, bounds: list[int], where: list[int], out: Tensor
-) -> None:
+def _(rows: Tensor, weights: Tensor, bounds: list[int], where: list[int], out: Tensor) -> None:
     return None
 
 

@@ -185,9 +185,7 @@ def ags(gram: Tensor, orders: Tensor, limit: float, noise: float) -> Tensor:
     return _project(gram, orders, limit, noise, rescaled=True)
 
 
-def _project(
-    gram: Tensor, orders: Tensor, limit: float, noise: float, *, rescaled: bool
-) -> Tensor:
+def _project(gram: Tensor, orders: Tensor, limit: float, noise: float, *, rescaled: bool) -> Tensor:
     # Two tasks meet each other in one order only, which the kernel does not read.
     orders = orders if gram.shape[-1] <= 2 else orders.contiguous()
     return per_matrix(project_all, gram, orders, LIMIT=limit, NOISE=noise, RESCALE=rescaled)

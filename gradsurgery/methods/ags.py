@@ -22,8 +22,8 @@ class AGS(Method):
     With w from the projections (`PCGrad`, but with one random order per step that every task
     uses, as in the authors' script), w ← w · sqrt(1ᵀM1 / wᵀMw), so ‖Gᵀw‖ = ‖Σ_t g_t‖.
 
-    Where nothing conflicts w = 1 to the bit: the plain sum. Two tasks with equal norms also give
-    the plain sum: AGS changes the direction only where norms differ.
+    Where nothing conflicts w = 1 to the bit, which is what `Sum` gives. Two tasks with equal norms
+    also give the plain sum: AGS changes the direction only where norms differ.
 
     Args:
         max_scale: upper limit of the rescale factor, which grows without bound as two gradients

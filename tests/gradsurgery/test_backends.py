@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 
 import pytest
 import torch
@@ -106,36 +105,40 @@ def test_a_backend_by_name_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.gram(gradients, backend="native")
 
 
-def test_triton_that_does_not_work_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As on a machine without the compiler that Triton needs: plain torch ops, one line."""
+def test_triton_that_does_not_work_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without the compiler that Triton needs: plain torch ops, one warning."""
     monkeypatch.setattr(_backend, "_refused", None)
     monkeypatch.setattr(_backend, "_runs_triton", lambda device: True)
     gradients = rows(3, 50)
-    with caplog.at_level(logging.WARNING, logger="gradsurgery"):
+    with pytest.warns(RuntimeWarning, match="runs on plain torch ops.*since Triton failed") as seen:
         for _ in range(3):
             # No GPU, or none that sees CPU tensors: the launch itself fails.
             weights = methods.PCGrad().weights(torch.eye(3))
             torch.testing.assert_close(weights, torch.ones(3).double())
             torch.testing.assert_close(aggregate(gradients, "sum"), gradients.sum(0))
             aggregate(gradients)
-    assert len(caplog.records) == 1
-    assert "runs on plain torch ops" in caplog.text
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
 
 
-def test_no_triton_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_kernel_that_fails_is_an_error_where_warnings_are(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """So a kernel's own fault cannot hide behind the torch ops in tests."""
+    monkeypatch.setattr(_backend, "_refused", None)
+    monkeypatch.setattr(_backend, "_runs_triton", lambda device: True)
+    with pytest.raises(RuntimeWarning, match="since Triton failed"):
+        kernels.gram(rows(3, 50))
+
+
+def test_no_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "_refused", None)
     monkeypatch.setattr(_backend, "_runs_triton", lambda device: True)
     monkeypatch.setattr(_backend, "_import_error", lambda: "ImportError: no triton")
-    with caplog.at_level(logging.WARNING, logger="gradsurgery"):
+    with pytest.warns(RuntimeWarning, match="since Triton failed: ImportError: no triton") as seen:
         for _ in range(2):
             aggregate(rows(3, 50))
-    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
-        "ImportError: no triton"
-    ]
+    assert len(seen) == 1
     with pytest.raises(RuntimeError, match="needs the package triton: ImportError"):
         kernels.gram(rows(3, 50), backend="triton")
 

@@ -225,6 +225,28 @@ def test_micro_batches_part_by_part() -> None:
         torch.testing.assert_close(p.grad, wanted[name], **CLOSE, msg=name)
 
 
+@pytest.mark.parametrize("level", ["group", "parameter", "modules"])
+def test_a_parameter_frozen_between_micro_batches_stays_in_its_part(level: str) -> None:
+    model = Net()
+    optimizer = plugin(model, level, method="mgda")
+    # The last one of the encoder, and the first: neither is the last part.
+    frozen = [model.encoder[0].weight, model.encoder[2].bias]
+    first = model.losses(0)
+    optimizer.backward(first, accumulate=True, retain_graph=True)
+    for p in frozen:
+        p.requires_grad_(False)
+    second = model.losses(1)
+    optimizer.backward(second, retain_graph=True)
+    for p in frozen:
+        p.requires_grad_(True)
+    both = {key: first[key] + second[key] for key in first}
+    wanted, gram, _ = by_definition(model, both, level, "mgda")
+    assert optimizer.last is not None
+    torch.testing.assert_close(optimizer.last.gram, gram, **CLOSE)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], **CLOSE, msg=name)
+
+
 def test_a_part_that_only_one_task_reaches_has_nothing_to_solve() -> None:
     model = Net()
     optimizer = plugin(model, "modules")
