@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from span_checks import check
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradsurgery.kernels import native, spans
-from span_checks import check
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from span_checks import check as check_spans
+
 from gradsurgery import AdaptiveGradientSurgery, aggregate, kernels, methods
 from gradsurgery.kernels import (
     _backend,
@@ -29,7 +31,6 @@ from gradsurgery.kernels import (
 )
 from gradsurgery.methods import ags, gradvac, pcgrad
 from gradsurgery.methods._projection import draw_orders
-from span_checks import check as check_spans
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
