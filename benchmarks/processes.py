@@ -21,7 +21,7 @@ import gradsurgery
 from benchmarks.measure import Measured
 from benchmarks.rows import Rows
 from gradsurgery import AdaptiveGradientSurgery
-from gradsurgery.distributed import Ranks
+from gradsurgery.distributed.group import Group
 
 __all__ = ["bytes_of_surgery", "run"]
 
@@ -147,9 +147,9 @@ class _Training:
 
     @contextmanager
     def _wire(self, *, waits: bool) -> Iterator[None]:
-        begin = Ranks.average
+        begin = Group.average
 
-        def slowed(ranks: Ranks, row: Tensor, own: Tensor) -> Callable[[], None]:
+        def slowed(ranks: Group, row: Tensor, own: Tensor) -> Callable[[], None]:
             earliest = time.perf_counter() + self.wire_ms / 1e3
             finish = begin(ranks, row, own)
 
@@ -162,11 +162,11 @@ class _Training:
             end()
             return lambda: None
 
-        Ranks.average = slowed  # type: ignore[method-assign, assignment]
+        Group.average = slowed  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            Ranks.average = begin  # type: ignore[method-assign]
+            Group.average = begin  # type: ignore[method-assign]
 
     def timeline(self) -> list[dict[str, Any]]:
         """When each backward ran and each row was on its way, in ms, during one step."""

@@ -1,7 +1,7 @@
 """Multi-task gradient surgery as a PyTorch optimizer plugin."""
 
 from gradsurgery import kernels, methods
-from gradsurgery._aggregate import aggregate
+from gradsurgery.aggregate import aggregate
 from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.optimizer import AdaptiveGradientSurgery
 from gradsurgery.report import SurgeryReport

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsurgery._graph import survey
-from gradsurgery._losses import Losses, read_losses
+from gradsurgery.backward.graph import survey
+from gradsurgery.backward.losses import Losses, read_losses
 from gradsurgery.optimizer import AdaptiveGradientSurgery
 from gradsurgery.report import History
 

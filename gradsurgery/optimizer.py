@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery._data_parallel import DataParallelSurgery
-from gradsurgery._losses import Losses
-from gradsurgery._options import Granularity, read_options
+from gradsurgery.backward.losses import Losses
+from gradsurgery.backward.surgery import Surgery
+from gradsurgery.backward.tasks import Request
 from gradsurgery.methods import Method, resolve
+from gradsurgery.options import Granularity, read_options
 from gradsurgery.report import SurgeryReport
-from gradsurgery.surgery import Surgery
 
 __all__ = ["AdaptiveGradientSurgery"]
 
@@ -93,12 +94,7 @@ class AdaptiveGradientSurgery(Optimizer):
             raise TypeError(f"seed must be an int; got {seed!r}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be at least 0 and fit into 64 bits; got {seed}")
-        if process_group is None:
-            self._surgery = Surgery(optimizer, resolve(method), options, seed)
-        else:
-            self._surgery = DataParallelSurgery(
-                optimizer, resolve(method), options, seed, process_group
-            )
+        self._surgery = Surgery(optimizer, resolve(method), options, seed, process_group)
         self._make_hooks()
 
     # ------------------------------------------------------------------ surgery
@@ -112,6 +108,7 @@ class AdaptiveGradientSurgery(Optimizer):
         accumulate: bool = False,
         retain_graph: bool | None = None,
         features: Any = None,
+        inputs: Sequence[Tensor] | None = None,
     ) -> None:
         """One backward pass per loss, surgery, and the combined gradient in p.grad.
 
@@ -134,6 +131,8 @@ class AdaptiveGradientSurgery(Optimizer):
             features: a tensor, or several, through which the tasks share the trunk. The Gram matrix
                 is then that of the gradients there, and the trunk has one backward pass. Not with
                 micro-batches, parts of the model or metric="optimizer".
+            inputs: as in `Tensor.backward`, the only leaves that get a gradient. None: all that the
+                losses reach.
 
         Raises:
             TypeError, ValueError: wrong losses, features or sparse gradients, before anything is
@@ -141,9 +140,7 @@ class AdaptiveGradientSurgery(Optimizer):
             RuntimeError: from autograd; everything is then as before the call, but that
                 micro-batches are dropped (with one loss: what `loss.backward()` leaves).
         """
-        self._surgery.backward(
-            losses, accumulate=accumulate, retain_graph=bool(retain_graph), features=features
-        )
+        self._surgery.backward(Request(losses, accumulate, bool(retain_graph), features, inputs))
 
     @property
     def last(self) -> SurgeryReport | None:

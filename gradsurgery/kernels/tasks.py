@@ -63,7 +63,8 @@ def solve(name: str, gram: Tensor, tensors: list[Tensor], numbers: list[float]) 
 
     if fast is None:
         return plainly()
-    return with_fallback(lambda: fast(gram, *tensors, *numbers), plainly)
+    found: Tensor = with_fallback(lambda: fast(gram, *tensors, *numbers), plainly)
+    return found
 
 
 @solve.register_fake
@@ -98,7 +99,8 @@ def _solve_moving(
 
     if fast is None:
         return plainly()
-    return with_fallback(lambda: fast(gram, *tensors, moved, *numbers), plainly)
+    found: Tensor = with_fallback(lambda: fast(gram, *tensors, moved, *numbers), plainly)
+    return found
 
 
 @_solve_moving.register_fake

@@ -50,9 +50,9 @@ def scaled(m, P: tl.constexpr):
 def inverse(matrix, least, T: tl.constexpr, P: tl.constexpr):
     """Inverse of a symmetric positive definite matrix, by T sweeps; pivots are at least `least`.
 
-    One sweep takes a variable into the basis (Gauss and Jordan's elimination, which keeps the matrix
-    symmetric), so that a column is read as a row too. A solution from it may be refined by one step
-    with the matrix itself.
+    One sweep takes a variable into the basis (Gauss and Jordan's elimination). The matrix stays
+    symmetric, so that a column is read as a row too. A solution from it may be refined by one
+    step with the matrix itself.
     """
     i = tl.arange(0, P)
     row, column = i[:, None], i[None, :]

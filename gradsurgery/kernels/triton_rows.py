@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsurgery.kernels.blocked import SMALL
+from gradsurgery.kernels.segments import Table, table_of
 
 __all__ = [
     "combine_into",
@@ -206,13 +207,13 @@ def gram_segments(
     """
     wide = not _halves_on_tensor_cores(rows)
     tile = _tile(len(rows), wide)
-    table = _table(tuple(bounds), tuple(where), number, tile.columns, tile.programs, rows.device)
-    return _gram(rows, table, table.count, roots, number, tile, wide)
+    table = table_of(tuple(bounds), tuple(where), number, tile.columns, tile.programs, rows.device)
+    return _gram(rows, table, table.programs, roots, number, tile, wide)
 
 
 def _gram(
     rows: Tensor,
-    table: _Table | None,
+    table: Table | None,
     programs: int,
     roots: Tensor | None,
     number: int,
@@ -239,7 +240,15 @@ def _gram(
         # What was multiplied by a factor is no 16-bit number any more.
         short = rows.dtype.itemsize == 2 and not weighted
         constants["PRECISION"] = "tf32" if short else "tf32x3"
-    where = (rows, rows if roots is None else roots, chunks, partial, width, *rows.stride(), count)
+    where: tuple[Any, ...] = (
+        rows,
+        rows if roots is None else roots,
+        chunks,
+        partial,
+        width,
+        *rows.stride(),
+        count,
+    )
     if programs:
         constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
         launch(kernel, (programs,), *where, **constants)
@@ -265,92 +274,30 @@ def combine_segments(
     """
     number = len(weights)
     columns, most = COMBINE_COLUMNS, _COMBINE_PROGRAMS
-    table = _table(tuple(bounds), tuple(where), number, columns, most, rows.device)
-    if table.count:
-        _combine(rows, weights, out, table, table.count)
+    table = table_of(tuple(bounds), tuple(where), number, columns, most, rows.device)
+    if table.programs:
+        _combine(rows, weights, out, table, table.programs)
 
 
 def _combine(
-    rows: Tensor, weights: Tensor, out: Tensor, table: _Table | None, programs: int
+    rows: Tensor, weights: Tensor, out: Tensor, table: Table | None, programs: int
 ) -> None:
     count, width = rows.shape
     weights = weights.contiguous()
     tables = (weights, weights) if table is None else (table.chunks, table.parts)
-    where = (rows, weights, out, *tables, width, *rows.stride(), out.stride(0), count)
+    where: tuple[Any, ...] = (
+        rows,
+        weights,
+        out,
+        *tables,
+        width,
+        *rows.stride(),
+        out.stride(0),
+        count,
+    )
     wide = tl.float64 if rows.dtype in (torch.float32, torch.float64) else tl.float32
     constants = {"B": COMBINE_COLUMNS, "ACC": wide, "SEGMENTED": table is not None}
     launch(combine_rows, (programs,), *where, **constants, num_warps=COMBINE_WARPS)
-
-
-class _Table(NamedTuple):
-    """Segments cut into one chunk a program, those of a part side by side; on the device."""
-
-    count: int
-    chunks: Tensor
-    """[count, 2] int64: first column and end."""
-    parts: Tensor
-    """[count] int64."""
-    firsts: Tensor
-    """[number + 1] int64: the first chunk of each part."""
-
-
-_MOST_TABLES = 64
-_tables: dict[tuple[Any, ...], _Table] = {}
-# A captured graph goes on reading the tables that it was captured with.
-_captured: list[_Table] = []
-
-
-def _table(
-    bounds: tuple[int, ...],
-    where: tuple[int, ...],
-    number: int,
-    columns: int,
-    most: int,
-    device: torch.device,
-) -> _Table:
-    total = sum(bounds[1::2]) - sum(bounds[::2])
-    # As long as `most` programs together have all columns, and the segments' ends besides.
-    length = max(triton.cdiv(triton.cdiv(total, most), columns), 1) * columns
-    key = (bounds, where, number, length, device)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if key not in _tables:
-        if capturing:
-            raise RuntimeError(
-                "run one step of surgery on the same parameters before capturing it in a CUDA "
-                "graph: what granularity= and metric= need on the device is copied there once, "
-                "and cannot be copied while a graph is captured"
-            )
-        while len(_tables) >= _MOST_TABLES:
-            _tables.pop(next(iter(_tables)))
-        _tables[key] = _make_table(*key)
-    if capturing:
-        _captured.append(_tables[key])
-    return _tables[key]
-
-
-def _make_table(
-    bounds: tuple[int, ...],
-    where: tuple[int, ...],
-    number: int,
-    length: int,
-    device: torch.device,
-) -> _Table:
-    segments = sorted(zip(where, bounds[::2], bounds[1::2], strict=True))
-    chunks = [
-        (start, min(start + length, stop), part)
-        for part, begin, stop in segments
-        for start in range(begin, stop, length)
-    ]
-    parts = [part for _, _, part in chunks]
-    firsts = [0] * (number + 1)
-    for part in parts:
-        firsts[part + 1] += 1
-    for part in range(number):
-        firsts[part + 1] += firsts[part]
-    flat = [end for start, stop, _ in chunks for end in (start, stop)]
-    moved = torch.tensor([*flat, *parts, *firsts]).to(device, non_blocking=True)
-    ends, which, first = moved.split([len(flat), len(parts), len(firsts)])
-    return _Table(len(chunks), ends, which, first)
 
 
 def resolution(rows: Tensor) -> float:

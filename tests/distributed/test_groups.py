@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from training import Network, Setting, batches, full, make, train
 
-from gradsurgery import AdaptiveGradientSurgery, _rows_by_grad
-from gradsurgery.distributed import Ranks
+from gradsurgery import AdaptiveGradientSurgery
+from gradsurgery.backward import differentiate
+from gradsurgery.distributed.group import Group
 
 
 def in_halves() -> tuple[Tensor, str]:
@@ -69,7 +70,7 @@ def with_backend(name: str) -> tuple[Tensor, bool, float]:
     described = dist.get_backend_config
     dist.get_backend_config = lambda group=None: name
     try:
-        hosts = Ranks(dist.group.WORLD)._hosts
+        hosts = Group(dist.group.WORLD)._hosts
         seconds = hosts._get_backend(torch.device("cpu")).options._timeout.total_seconds()
         return train(Setting()), hosts is not dist.group.WORLD, seconds
     finally:
@@ -96,11 +97,11 @@ def test_backends_that_average_while_they_reduce(two: Processes) -> None:
 
 def with_large_parameters(setting: Setting) -> Tensor:
     """Every gradient is copied as soon as it is there."""
-    limit, _rows_by_grad._LARGE = _rows_by_grad._LARGE, 1
+    limit, differentiate._LARGE = differentiate._LARGE, 1
     try:
         return train(setting)
     finally:
-        _rows_by_grad._LARGE = limit
+        differentiate._LARGE = limit
 
 
 @pytest.mark.parametrize("setting", [Setting("ddp"), Setting(micro_batches=3)], ids=str)
@@ -146,8 +147,8 @@ def rows_in_memory(count: int) -> tuple[int, int, int]:
     )
     out = network(torch.ones(1, 100))
     optimizer.backward([out[0, t] + out.square().sum() for t in range(count)])
-    rows = optimizer._surgery._rows
-    own = sum(part.numel() for part in rows._own)
+    rows = optimizer._surgery._source.rows
+    own = sum(part.numel() for part in rows.columns)
     return 10_000, sum(buffer.numel() for buffer in rows.full.buffers), own
 
 

@@ -14,7 +14,7 @@ from contract import assert_same, batch
 from faults import FaultError, InterruptError, Run, fresh, values
 from torch import Tensor
 
-from gradsurgery import task_gradients
+from gradsurgery.gradients import storage
 from gradsurgery.methods import PCGrad
 
 TASKS = ("near", "far", "odd")
@@ -169,7 +169,7 @@ def test_no_memory_in_a_kernel(
         raise torch.OutOfMemoryError("simulated")
 
     with monkeypatch.context() as patch:
-        patch.setattr(task_gradients, kernel, no_memory)
+        patch.setattr(storage, kernel, no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             run.optimizer.backward(losses)
     expected = fresh(run, [], "gradvac")

@@ -146,7 +146,7 @@ def test_two_histories_of_steps_and_one_is_closed() -> None:
     assert second.read()["effect"].isfinite().all()
     assert len(second) == 4
     second.close()
-    assert not optimizer._surgery.keep_rows
+    assert not optimizer._surgery._source.keep_rows
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -285,9 +285,9 @@ def test_closing_gives_the_memory_back() -> None:
     optimizer = plugin(model)
     with History(optimizer, step_effect=True):
         train(model, optimizer, range(2))
-        assert optimizer._surgery._gradients.buffers[0].shape[0] == 4
+        assert optimizer._surgery._source.rows.buffers[0].shape[0] == 4
     train(model, optimizer, range(2))
-    assert optimizer._surgery._gradients.buffers[0].shape[0] == 3
+    assert optimizer._surgery._source.rows.buffers[0].shape[0] == 3
 
 
 def test_resume() -> None:

@@ -40,25 +40,83 @@ def test_the_library_depends_on_torch_alone(path: Path) -> None:
     if path.name.startswith("triton_"):
         # Imported only where tensors are on CUDA; comes with torch there.
         allowed |= {"triton"}
-    if path.name == "_plot.py":
+    if path.name == "plots.py":
         # Inside of `plot`, which says what to install.
         allowed |= {"matplotlib"}
     assert imports_of(path) <= allowed
 
 
-def test_the_one_way_of_data() -> None:
-    """kernels know of nothing above them, methods and task_gradients of kernels alone."""
-    for folder, allowed in (
-        ("kernels", {"gradsurgery.kernels"}),
-        ("methods", {"gradsurgery.methods", "gradsurgery.kernels"}),
-    ):
-        for path in (PACKAGE / folder).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradsurg"):
-                    assert any((node.module or "").startswith(a) for a in allowed), path
-    text = (PACKAGE / "task_gradients.py").read_text()
-    assert "gradsurgery.methods" not in text
-    assert "gradsurgery.surgery" not in text
+# A package may import from those before it, and from itself.
+HOUSE = (
+    ("_warn",),
+    ("distributed",),
+    ("kernels",),
+    ("gradients",),
+    ("methods", "options"),
+    ("report",),
+    ("weights",),
+    ("backward",),
+    ("aggregate", "optimizer"),
+    ("_probe",),
+    ("diagnosis",),
+)
+
+
+def modules() -> dict[str, set[str]]:
+    """Module of the library -> the modules of it that it imports anywhere, also in functions."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        name = name.removesuffix(".__init__")
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found[name] |= {n for n in names if n.split(".")[0] == "gradsurgery"}
+    return {
+        name: {other for other in others if other in found and other != name}
+        for name, others in found.items()
+    }
+
+
+def test_data_flows_one_way() -> None:
+    """No module knows of one above it."""
+    floor = {name: level for level, names in enumerate(HOUSE) for name in names}
+    for module, imported in modules().items():
+        if module == "gradsurgery":
+            continue
+        own = module.split(".")[1]
+        for other in imported - {"gradsurgery"}:
+            theirs = other.split(".")[1]
+            assert theirs == own or floor[theirs] < floor[own], (module, other)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {name: others - {"gradsurgery"} for name, others in modules().items()}
+    # A package's own __init__ runs first whatever is imported from it.
+    packages = {name for name in graph if any(other.startswith(f"{name}.") for other in graph)}
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in graph[name] - packages:
+                walk(other, (*path, name))
+            done.add(name)
+
+    for name in graph.keys() - packages:
+        walk(name, ())
+
+
+def test_the_house_stays_small() -> None:
+    private = [p.name for p in PACKAGE.glob("_*.py") if p.name != "__init__.py"]
+    assert len(private) <= 3, private
+    for path in PACKAGE.rglob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert lines <= 350, (path, lines)
 
 
 def test_import_adds_under_a_tenth_of_a_second() -> None:

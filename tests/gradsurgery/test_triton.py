@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from inside import arrange, operate
 from span_checks import check as check_spans
 
 from gradsurgery import AdaptiveGradientSurgery, aggregate, kernels, methods
@@ -235,15 +236,12 @@ def test_at_most_eight_launches_between_backward_and_step(
 
     parameters = [torch.nn.Parameter(torch.zeros(5, 7, device=DEVICE)) for _ in range(20)]
     plugin = AdaptiveGradientSurgery(torch.optim.SGD(parameters, lr=0.1), name)
-    surgery = plugin._surgery
     for _ in range(2):
-        surgery._gradients.arrange(parameters, tasks, [0] * 20, keep=False)
+        arrange(plugin, parameters, tasks)
         launched.clear()
         moved.clear()
         with Watch():
-            surgery._operate(
-                tuple(map(str, range(tasks))), [(1 << tasks) - 1] * 20, torch.device(DEVICE)
-            )
+            operate(plugin, tasks, torch.device(DEVICE))
     # Memory, views, and the seed, which is drawn on the host.
     free = ("empty", "alias", "select", "slice", "detach", "expand", "randint")
     others = [name for name in moved if not name.removeprefix("aten::").startswith(free)]

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsurgery.distributed import shard_groups, sum_over
+from gradsurgery.distributed.group import sum_over
+from gradsurgery.gradients.layout import Layout, local_part
 from gradsurgery.kernels import combine, gram, resolution, spans
 
-__all__ = ["TaskGradients", "local_part"]
-
-# Parameters start at multiples of this, so that vectorised kernels find aligned gradients.
-_ALIGNMENT_BYTES = 64
-
-
-@dataclass
-class _Slot:
-    """Where one parameter's gradient lives: columns [start, start + length) of a block's rows."""
-
-    block: int
-    start: int
-    length: int
-    """With padding, which stays zero."""
-    shape: torch.Size
-    strides: tuple[int, ...]
+__all__ = ["TaskGradients"]
 
 
 class TaskGradients:
@@ -45,33 +29,35 @@ class TaskGradients:
     spread alike share a buffer.
 
     Args:
-        parts: the width of every buffer is a multiple of this.
+        shards: see `Layout`.
     """
 
-    def __init__(self, parts: int = 1) -> None:
-        # First here, and last in `_allocate`: what an interrupt leaves half-made is no layout.
+    def __init__(self, shards: int = 1) -> None:
+        # The key is set first here and last in `_allocate`: where an interrupt comes in between,
+        # it matches no request, and the next call allocates anew.
         self._key: tuple[object, ...] = ()
-        self.parameters: list[Tensor] = []
-        self.parts = parts
+        self.shards = shards
+        self.layout = Layout()
         self.count = 0
         self.spare = False
         self.buffers: list[Tensor] = []
-        """One for each kind of parameter, [count, width]."""
-        self._padding: list[Tensor] = []
-        """Of each buffer the columns that belong to no parameter, int64 on its device."""
-        self._spread: list[tuple[object, ...]] = []
-        self._slots: list[_Slot] = []
+        """One for each kind of parameter, [count, width], or one row more where `spare`."""
         self._views: list[list[Tensor]] = []
         self._places: list[list[tuple[int, int]]] = []
         self._published: list[tuple[int, int]] = []
         self._shares_at_rest: list[int] = []
         self._references_at_rest = 0
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that have rows, in the order of memory."""
+        return self.layout.parameters
+
     def arrange(
         self,
         parameters: Sequence[Tensor],
         count: int,
-        ranks: Sequence[int],
+        sort_keys: Sequence[int],
         *,
         keep: bool,
         clear: bool = True,
@@ -82,8 +68,7 @@ class TaskGradients:
         Args:
             parameters: the parameters, any dtypes and devices.
             count: T.
-            ranks: for each parameter its place among those of its kind, in ascending order (so
-                that surgery over those of one rank sees one contiguous piece).
+            sort_keys: see `Layout`.
             keep: gradients that are here already stay: parameters may only be added.
             clear: False where every gradient will be written: what is here may stay. Padding is
                 zero all the same.
@@ -93,19 +78,19 @@ class TaskGradients:
             (id(p), local_part(p).shape, local_part(p).stride(), p.dtype, p.device)
             for p in parameters
         ]
-        key = (count, spare, *zip(described, ranks, strict=True))
+        key = (count, spare, *zip(described, sort_keys, strict=True))
         if keep and self._key:
             if key != self._key:
-                self._extend(parameters, count, ranks, key, spare)
+                self._extend(parameters, count, sort_keys, key, spare)
             return
         if key != self._key or not self._is_free():
             # The old memory goes first, unless a gradient that somebody holds still needs it.
             self.release()
-            self._allocate(parameters, count, ranks, key, spare)
+            self._allocate(parameters, count, sort_keys, key, spare)
             clear = True
         else:
             self._mend_views()
-        for buffer, padding in zip(self.buffers, self._padding, strict=True):
+        for buffer, padding in zip(self.buffers, self.layout.padding, strict=True):
             if clear:
                 buffer.zero_()
             else:
@@ -114,7 +99,7 @@ class TaskGradients:
 
     def release(self) -> None:
         """Forget everything; memory stays alive only as far as others hold views of it."""
-        self.__init__(self.parts)  # type: ignore[misc]
+        self.__init__(self.shards)  # type: ignore[misc]
 
     @property
     def combined(self) -> int:
@@ -126,63 +111,56 @@ class TaskGradients:
 
         Parts of DTensors: of the whole ones, by one exchange of M for each way to be spread.
         """
-        # A process may hold no element at all, and still takes part in every exchange.
-        totals: dict[tuple[object, ...], Tensor | None] = dict.fromkeys(self._spread)
+        totals = self._totals()
         accuracy = torch.finfo(torch.float64).eps
-        for block, start, stop in self.spans(chosen):
-            segment, spread = self.buffers[block][: self.count, start:stop], self._spread[block]
-            part = gram(segment).to(device, non_blocking=True)
-            # Nearly always there is one segment, and then nothing to add.
-            before = totals[spread]
-            totals[spread] = part if before is None else before.add_(part)
+        for buffer, start, stop in self.layout.spans(chosen):
+            segment = self.buffers[buffer][: self.count, start:stop]
+            _add(totals, self.layout.groups[buffer], gram(segment), device)
             accuracy = max(accuracy, resolution(segment))
-        shape = (self.count, self.count)
-        return _sum_spread(totals, torch.Size(shape), device), accuracy
+        return _sum_spread(totals, torch.Size((self.count, self.count)), device), accuracy
 
     def grams(
         self,
         chosen: Sequence[bool],
         parts: Sequence[int],
-        number: int,
+        part_count: int,
         device: torch.device,
         roots: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, float]:
-        """M of each part of the chosen parameters, [number, T, T], and its relative accuracy.
+        """M of each part of the model, [part_count, T, T], and its relative accuracy.
 
         Args:
             chosen: for each parameter whether it takes part.
             parts: for each parameter which part it is in.
-            number: of parts.
+            part_count: how many parts there are.
             device: where the result is wanted.
             roots: for each buffer one factor per column, that all its rows are multiplied by.
         """
-        totals: dict[tuple[object, ...], Tensor | None] = dict.fromkeys(self._spread)
+        totals = self._totals()
         accuracy = torch.finfo(torch.float64).eps
-        for block, (bounds, where) in self.spans_of_parts(chosen, parts).items():
-            rows, spread = self.buffers[block][: self.count], self._spread[block]
-            factors = None if roots is None else roots[block]
-            found = spans.gram_spans(rows, bounds, where, number, factors)
-            by_part = found.to(device, non_blocking=True)
-            before = totals[spread]
-            totals[spread] = by_part if before is None else before.add_(by_part)
+        for buffer, (bounds, of_spans) in self.layout.spans_by_part(chosen, parts).items():
+            rows = self.buffers[buffer][: self.count]
+            factors = None if roots is None else roots[buffer]
+            found = spans.gram_spans(rows, bounds, of_spans, part_count, factors)
+            _add(totals, self.layout.groups[buffer], found, device)
             accuracy = max(accuracy, spans.resolution(rows))
-        shape = (number, self.count, self.count)
-        return _sum_spread(totals, torch.Size(shape), device), accuracy
+        shape = torch.Size((part_count, self.count, self.count))
+        return _sum_spread(totals, shape, device), accuracy
 
     def combine(self, chosen: Sequence[bool], weights: Tensor) -> None:
         """Row `combined` becomes g = Gᵀw over the chosen parameters."""
-        for block, start, stop in self.spans(chosen):
-            segment = self.buffers[block][:, start:stop]
+        for buffer, start, stop in self.layout.spans(chosen):
+            segment = self.buffers[buffer][:, start:stop]
             factors = weights.to(segment.device, non_blocking=True)
             combine(segment[: self.count], factors, out=segment[self.combined])
 
     def combine_parts(self, chosen: Sequence[bool], parts: Sequence[int], weights: Tensor) -> None:
-        """The same with the weights of each parameter's part, [number, T]."""
-        for block, (bounds, where) in self.spans_of_parts(chosen, parts).items():
-            buffer = self.buffers[block]
+        """The same with the weights of each parameter's part, [part_count, T]."""
+        for index, (bounds, of_spans) in self.layout.spans_by_part(chosen, parts).items():
+            buffer = self.buffers[index]
             factors = weights.to(buffer.device, non_blocking=True)
             rows, out = buffer[: self.count], buffer[self.combined]
-            spans.combine_spans(rows, factors, bounds, where, out)
+            spans.combine_spans(rows, factors, bounds, of_spans, out)
 
     def products(self, chosen: Sequence[bool], changes: Sequence[Tensor]) -> Tensor:
         """g_t·change over the chosen parameters, [T] float64; the rows must still be there."""
@@ -190,49 +168,19 @@ class TaskGradients:
         flats = [torch.zeros_like(buffer[0]) for buffer in self.buffers]
         pairs = [(i, change) for i, change in enumerate(changes) if chosen[i]]
         if pairs:
-            views = [self.flat_view(flats, i) for i, _ in pairs]
+            views = [self.layout.view(flats, i) for i, _ in pairs]
             torch._foreach_copy_(views, [local_part(change) for _, change in pairs])
-        for block, start, stop in self.spans(chosen):
+        for buffer, start, stop in self.layout.spans(chosen):
             both = torch.cat(
-                [self.buffers[block][: self.count, start:stop], flats[block][None, start:stop]]
+                [self.buffers[buffer][: self.count, start:stop], flats[buffer][None, start:stop]]
             )
             part = gram(both)[-1, :-1]
-            sum_over(self._spread[block], part)
+            sum_over(self.layout.groups[buffer], part)
             total = part if total is None else total + part.to(total.device)
         return torch.zeros(self.count, dtype=torch.float64) if total is None else total
 
-    def flat_view(self, flats: Sequence[Tensor], index: int) -> Tensor:
-        """Where parameter `index` lies in memory that is like one row of every buffer."""
-        slot = self._slots[index]
-        return flats[slot.block].as_strided(slot.shape, slot.strides, slot.start)
-
-    def flat_view_real(self, flats: Sequence[Tensor], index: int) -> Tensor:
-        """The same in real memory, twice as long for complex parameters."""
-        slot = self._slots[index]
-        if not self.buffers[slot.block].is_complex():
-            return self.flat_view(flats, index)
-        strides = (*(2 * stride for stride in slot.strides), 1)
-        return flats[slot.block].as_strided((*slot.shape, 2), strides, 2 * slot.start)
-
-    def spans_of_parts(
-        self, chosen: Sequence[bool], parts: Sequence[int]
-    ) -> dict[int, tuple[list[tuple[int, int]], list[int]]]:
-        """Buffer -> the chosen parameters' columns, those of one part joined, and their parts."""
-        found: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
-        for slot, wanted, part in zip(self._slots, chosen, parts, strict=True):
-            if not wanted or slot.length == 0:
-                continue
-            bounds, where = found.setdefault(slot.block, ([], []))
-            stop = slot.start + slot.length
-            if bounds and bounds[-1][1] == slot.start and where[-1] == part:
-                bounds[-1] = (bounds[-1][0], stop)
-            else:
-                bounds.append((slot.start, stop))
-                where.append(part)
-        return found
-
     def view(self, task: int, index: int) -> Tensor:
-        """Row `task` as the gradient of parameter `index`."""
+        """The gradient of a task for a parameter."""
         return self._views[task][index]
 
     def version(self, task: int, index: int) -> int:
@@ -240,7 +188,7 @@ class TaskGradients:
         return local_part(self._views[task][index])._version
 
     def publish(self, task: int, index: int) -> Tensor:
-        """The same, to stay with the user as p.grad."""
+        """The same view, to stay with the user as p.grad."""
         self._published.append((task, index))
         return self._views[task][index]
 
@@ -253,62 +201,34 @@ class TaskGradients:
         self._views[task][index] = self._make_view(task, index)
         return self._views[task][index]
 
-    def spans(self, chosen: Sequence[bool]) -> list[list[int]]:
-        """The chosen parameters' columns as [buffer, start, stop], neighbours joined."""
-        spans: list[list[int]] = []
-        for slot, wanted in zip(self._slots, chosen, strict=True):
-            if not wanted or slot.length == 0:
-                continue
-            if spans and spans[-1][0] == slot.block and spans[-1][2] == slot.start:
-                spans[-1][2] += slot.length
-            else:
-                spans.append([slot.block, slot.start, slot.start + slot.length])
-        return spans
-
     def _allocate(
         self,
         parameters: Sequence[Tensor],
         count: int,
-        ranks: Sequence[int],
+        sort_keys: Sequence[int],
         key: tuple[object, ...],
         spare: bool,
     ) -> None:
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for index, p in enumerate(parameters):
-            kinds.setdefault((p.dtype, p.device, shard_groups(p)), []).append(index)
-        slots: dict[int, _Slot] = {}
-        for block, ((dtype, device, spread), indices) in enumerate(kinds.items()):
-            width = 0
-            padding: list[int] = []
-            alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
-            for index in sorted(indices, key=lambda i: ranks[i]):
-                p = local_part(parameters[index])
-                length = -(-p.numel() // alignment) * alignment
-                strides = p.stride() if _is_dense(p) else _contiguous_strides(p.shape)
-                slots[index] = _Slot(block, width, length, p.shape, tuple(strides))
-                padding += range(width + p.numel(), width + length)
-                width += length
-            begin, width = width, width + -width % (alignment * self.parts)
-            padding += range(begin, width)
-            self.buffers.append(torch.empty(count + spare, width, dtype=dtype, device=device))
-            columns = torch.tensor(padding, dtype=torch.int64)
-            self._padding.append(columns.to(device, non_blocking=True))
-            self._spread.append(spread)
-        # In the order of memory, so that neighbours in the list are neighbours in the buffer.
-        order = sorted(slots, key=lambda i: (slots[i].block, slots[i].start))
-        self.parameters = [parameters[i] for i in order]
-        self._slots = [slots[i] for i in order]
-        tasks = range(count + spare)
-        self._views = [[self._make_view(t, i) for i in range(len(order))] for t in tasks]
+        self.layout = Layout(parameters, sort_keys, self.shards)
+        self.buffers = [
+            torch.empty(count + spare, width, dtype=dtype, device=device)
+            for width, (dtype, device) in zip(self.layout.widths, self.layout.kinds, strict=True)
+        ]
+        tasks, places = range(count + spare), range(len(self.parameters))
+        self._views = [[self._make_view(t, i) for i in places] for t in tasks]
         self._places = [[_place(view) for view in row] for row in self._views]
         self.count, self.spare = count, spare
         self._shares_at_rest = [_shares(buffer) for buffer in self.buffers]
         self._references_at_rest = max(max(_references(row), default=0) for row in self._views)
         self._key = key
 
+    def _totals(self) -> dict[tuple[object, ...], Tensor | None]:
+        # A process may hold no element at all, and still takes part in every exchange.
+        return dict.fromkeys(self.layout.groups)
+
     def _make_view(self, task: int, index: int) -> Tensor:
-        slot = self._slots[index]
-        buffer = self.buffers[slot.block]
+        slot = self.layout.slots[index]
+        buffer = self.buffers[slot.buffer]
         start = task * buffer.shape[1] + slot.start
         # .data: no view in autograd's eyes, so p.grad can be detached or changed in place.
         view = buffer.as_strided(slot.shape, slot.strides, start).data
@@ -318,7 +238,7 @@ class TaskGradients:
         self,
         parameters: Sequence[Tensor],
         count: int,
-        ranks: Sequence[int],
+        sort_keys: Sequence[int],
         key: tuple[object, ...],
         spare: bool,
     ) -> None:
@@ -329,7 +249,7 @@ class TaskGradients:
             for i, p in enumerate(self.parameters)
         }
         self.release()
-        self._allocate(parameters, count, ranks, key, spare)
+        self._allocate(parameters, count, sort_keys, key, spare)
         for buffer in self.buffers:
             buffer.zero_()
         for index, p in enumerate(self.parameters):
@@ -358,9 +278,9 @@ class TaskGradients:
         """Replace views that somebody has made something else."""
         published, self._published = self._published, []
         for task, index in published:
-            view, slot = local_part(self._views[task][index]), self._slots[index]
+            view, slot = local_part(self._views[task][index]), self.layout.slots[index]
             same_form = view.shape == slot.shape and view.stride() == slot.strides
-            same_kind = view.dtype == self.buffers[slot.block].dtype and not view.requires_grad
+            same_kind = view.dtype == self.buffers[slot.buffer].dtype and not view.requires_grad
             if not (same_form and same_kind):
                 self.replace_view(task, index)
         for task in range(len(self._views)):
@@ -369,24 +289,28 @@ class TaskGradients:
                     self.replace_view(task, index)
 
 
+def _add(
+    totals: dict[tuple[object, ...], Tensor | None],
+    groups: tuple[object, ...],
+    found: Tensor,
+    device: torch.device,
+) -> None:
+    part, before = found.to(device, non_blocking=True), totals[groups]
+    totals[groups] = part if before is None else before.add_(part)
+
+
 def _sum_spread(
     totals: dict[tuple[object, ...], Tensor | None], shape: torch.Size, device: torch.device
 ) -> Tensor:
     """The sum over the ways to be spread, each summed over its processes."""
     total: Tensor | None = None
-    for spread, part_or_none in totals.items():
+    for groups, part_or_none in totals.items():
         part = part_or_none
         if part is None:
             part = torch.zeros(shape, dtype=torch.float64, device=device)
-        sum_over(spread, part)
+        sum_over(groups, part)
         total = part if total is None else total.add_(part)
     return torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor; any other tensor itself."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
 
 
 def _as_gradient_of(parameter: Tensor, view: Tensor) -> Tensor:
@@ -420,23 +344,3 @@ def _references(row: list[Tensor]) -> list[int]:
 def _shares(buffer: Tensor) -> int:
     """How many tensors share the buffer's memory; torch counts them, and nobody else can."""
     return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill memory without overlap or hole: then p.grad has p's strides."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _contiguous_strides(shape: torch.Size) -> list[int]:
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return strides[::-1]

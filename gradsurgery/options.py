@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from gradsurgery._parameters import name_of
-
-__all__ = ["Granularity", "Options", "Parts", "read_options"]
+__all__ = ["REST", "Granularity", "Options", "read_options"]
 
 Granularity = str | Mapping[str, torch.nn.Module | Iterable[Tensor]]
-"""What users give; a mapping is read into lists of parameters."""
-_REST = "rest"
+"""What users give: a level, or a mapping from names to modules or parameters."""
+REST = "rest"
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class Options:
     """Checked arguments of `AdaptiveGradientSurgery`."""
 
     scope: str = "shared"
-    granularity: str | Mapping[str, list[Tensor]] = "model"
+    granularity: str | Mapping[str, torch.nn.Module | list[Tensor]] = "model"
     every: int = 1
     metric: str = "euclidean"
 
@@ -53,7 +49,7 @@ def read_options(scope: object, granularity: object, every: object, metric: obje
     """
     _one_of("scope", scope, ("shared", "all"))
     if isinstance(granularity, Mapping):
-        level: str | Mapping[str, list[Tensor]] = _read_modules(granularity)
+        level: str | Mapping[str, torch.nn.Module | list[Tensor]] = _read_modules(granularity)
     else:
         _one_of("granularity", granularity, ("model", "group", "parameter"), "or a mapping")
         level = str(granularity)
@@ -77,13 +73,18 @@ def _one_of(argument: str, value: object, allowed: tuple[str, ...], more: str = 
         raise ValueError(f"{argument} must be {choices}{more and ' ' + more}; got {value!r}")
 
 
-def _read_modules(granularity: Mapping[Any, Any]) -> dict[str, list[Tensor]]:
-    """name -> parameters; a parameter in two of them is refused."""
-    found: dict[str, list[Tensor]] = {}
+def _read_modules(
+    granularity: Mapping[Any, Any],
+) -> dict[str, torch.nn.Module | list[Tensor]]:
+    """name -> a module, or parameters; a parameter in two of them is refused.
+
+    Modules stay modules: their parameters may be replaced later.
+    """
+    found: dict[str, torch.nn.Module | list[Tensor]] = {}
     owner: dict[int, str] = {}
     for name, given in granularity.items():
-        if not isinstance(name, str) or name == _REST:
-            raise ValueError(f"granularity must have names other than {_REST!r}; got {name!r}")
+        if not isinstance(name, str) or name == REST:
+            raise ValueError(f"granularity must have names other than {REST!r}; got {name!r}")
         if not isinstance(given, torch.nn.Module | Iterable) or isinstance(given, Tensor | str):
             raise TypeError(
                 f"granularity[{name!r}] must be a module or parameters; got {type(given).__name__}"
@@ -97,52 +98,7 @@ def _read_modules(granularity: Mapping[Any, Any]) -> dict[str, list[Tensor]]:
                     f"granularity has a parameter of shape {list(p.shape)} in {owner[id(p)]!r} and "
                     f"in {name!r}; each belongs to one part"
                 )
-        found[name] = held
+        found[name] = given if isinstance(given, torch.nn.Module) else held
     if not found:
         raise ValueError("granularity is an empty mapping; it needs at least one module")
     return found
-
-
-class Parts:
-    """Which part of the model each parameter belongs to; without names it is one whole.
-
-    Args:
-        names: of the parts.
-        index: id(parameter) -> the number of its part; the last where it is not in there.
-    """
-
-    def __init__(
-        self, names: Sequence[str] = (), index: Mapping[int, int] = MappingProxyType({})
-    ) -> None:
-        self.names = tuple(names)
-        self._index = index
-
-    @classmethod
-    def read(cls, options: Options, optimizer: Optimizer, parameters: list[Tensor]) -> Parts:
-        """The parts that were asked for."""
-        asked = options.granularity
-        held = {id(p) for p in parameters}
-        index: dict[int, int]
-        if isinstance(asked, Mapping):
-            names = list(asked)
-            index = {id(p): part for part, own in enumerate(asked.values()) for p in own}
-            if not held <= index.keys():
-                names.append(_REST)
-        elif asked == "group":
-            names = [
-                str(group.get("name", f"group {number}"))
-                for number, group in enumerate(optimizer.param_groups)
-            ]
-            index = {
-                id(p): number
-                for number, group in enumerate(optimizer.param_groups)
-                for p in group["params"]
-            }
-        else:
-            names = [name_of(p, optimizer) for p in parameters]
-            index = {id(p): number for number, p in enumerate(parameters)}
-        return cls(names, index)
-
-    def of(self, parameter: Tensor) -> int:
-        """The number of its part."""
-        return self._index.get(id(parameter), max(len(self.names) - 1, 0))

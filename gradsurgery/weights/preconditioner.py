@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery.task_gradients import TaskGradients, local_part
+from gradsurgery.gradients.layout import Layout, local_part
 
-__all__ = ["check_metric", "roots_of"]
+__all__ = ["check_metric", "root_preconditioner"]
 
 _DOUBLE = (torch.float64, torch.complex128)
 _State = dict[str, Any]
@@ -100,8 +100,8 @@ def check_metric(optimizer: Optimizer) -> None:
         )
 
 
-def roots_of(
-    optimizer: Optimizer, storage: TaskGradients, chosen: Sequence[bool]
+def root_preconditioner(
+    optimizer: Optimizer, layout: Layout, chosen: Sequence[bool]
 ) -> list[Tensor] | None:
     """For each buffer sqrt(lr / denominator), one number per real column; None: all are equal.
 
@@ -113,19 +113,19 @@ def roots_of(
     rule = next((r for r in _DENOMINATORS if isinstance(optimizer, r[0])), None)
     rates = [group["lr"] for group in optimizer.param_groups]
     moments = rule is not None and any(
-        rule[2] in optimizer.state.get(p, {}) for p in storage.parameters
+        rule[2] in optimizer.state.get(p, {}) for p in layout.parameters
     )
     if not moments and all(rate is rates[0] or _equal(rate, rates[0]) for rate in rates):
         return None
     flats = [
         torch.ones(
-            buffer.shape[1] * (2 if buffer.is_complex() else 1),
-            dtype=torch.float64 if buffer.dtype in _DOUBLE else torch.float32,
-            device=buffer.device,
+            width * (2 if dtype.is_complex else 1),
+            dtype=torch.float64 if dtype in _DOUBLE else torch.float32,
+            device=device,
         )
-        for buffer in storage.buffers
+        for width, (dtype, device) in zip(layout.widths, layout.kinds, strict=True)
     ]
-    place = {id(p): i for i, p in enumerate(storage.parameters) if chosen[i]}
+    place = {id(p): i for i, p in enumerate(layout.parameters) if chosen[i]}
     every = [torch.as_tensor(rate, dtype=torch.float64) for rate in rates]
     together = torch.stack([rate.to(every[0].device, non_blocking=True) for rate in every])
     largest = together.amax()
@@ -134,7 +134,7 @@ def roots_of(
         own = [p for p in group["params"] if id(p) in place and local_part(p).numel()]
         for device in dict.fromkeys(local_part(p).device for p in own):
             here = [p for p in own if local_part(p).device == device]
-            views = [storage.flat_view_real(flats, place[id(p)]) for p in here]
+            views = [layout.view_as_real(flats, place[id(p)]) for p in here]
             with_state = [
                 (view, optimizer.state[p])
                 for view, p in zip(views, here, strict=True)

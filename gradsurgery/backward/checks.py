@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradsurgery._graph import GraphSurvey
+from gradsurgery.backward.graph import GraphSurvey
+from gradsurgery.gradients.layout import name_of
 
 __all__ = [
+    "check_inputs",
     "check_parameters",
     "check_replicated",
-    "name_of",
     "refuse_inner_backward",
     "refuse_sparse",
     "sparse_error",
@@ -62,6 +63,27 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
         )
 
 
+def check_inputs(inputs: object) -> None:
+    """Check the leaves that are to get a gradient.
+
+    Raises:
+        TypeError, ValueError: no sequence of leaf tensors that require grad, or an empty one.
+    """
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
+        raise TypeError(
+            f"inputs must be a sequence of leaf tensors, or None; got {type(inputs).__name__}"
+        )
+    if not inputs:
+        raise ValueError("inputs is empty; it needs at least one leaf, or None for all of them")
+    for index, leaf in enumerate(inputs):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"inputs[{index}] must be a tensor; got {type(leaf).__name__}")
+        if not (leaf.is_leaf and leaf.requires_grad):
+            raise ValueError(
+                f"inputs[{index}] (shape {list(leaf.shape)}) must be a leaf that requires grad"
+            )
+
+
 def _keeps_other_memory(tensor: Tensor) -> bool:
     """Whether a tensor is a wrapper around others, with operations of its own, and no DTensor."""
     if hasattr(tensor, "device_mesh"):
@@ -74,13 +96,12 @@ def check_replicated(
     optimizer: Optimizer,
     parameters: Sequence[Tensor],
     seen: GraphSurvey,
-    others: Mapping[int, Tensor],
 ) -> None:
     """Check what the mean over processes would meet.
 
     Raises:
         ValueError: a DTensor; a parameter of DistributedDataParallel's own mixed precision; a
-            loss that reaches a parameter which neither this optimizer nor another plugin holds.
+            loss that reaches a parameter which this optimizer does not hold.
     """
     for p in parameters:
         if hasattr(p, "device_mesh"):
@@ -95,11 +116,12 @@ def check_replicated(
             )
     own = {id(p) for p in parameters}
     for key, (leaf, _) in seen.leaves.items():
-        if key not in own and key not in others and isinstance(leaf, torch.nn.Parameter):
+        if key not in own and isinstance(leaf, torch.nn.Parameter):
             raise ValueError(
                 f"losses reach a parameter of shape {list(leaf.shape)} that this optimizer does "
                 "not hold: with process_group it would get no gradient; add it to this optimizer, "
-                "or freeze it by requires_grad_(False) while these losses are computed"
+                "say inputs= which leaves are to get one, or freeze it by requires_grad_(False) "
+                "while these losses are computed"
             )
 
 
@@ -132,13 +154,3 @@ def sparse_error(parameter: Tensor, optimizer: Optimizer) -> ValueError:
         f"parameter {name_of(parameter, optimizer)} gets a sparse gradient, which surgery does "
         "not support; make its layer with sparse=False"
     )
-
-
-def name_of(parameter: Tensor, optimizer: Optimizer) -> str:
-    for number, group in enumerate(optimizer.param_groups):
-        for index, p in enumerate(group["params"]):
-            if p is parameter:
-                names = group.get("param_names")
-                name = f"{names[index]!r}" if names else f"{index} of param_groups[{number}]"
-                return f"{name} (shape {list(p.shape)})"
-    return f"of shape {list(parameter.shape)}"

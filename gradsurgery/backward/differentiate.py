@@ -1,21 +1,66 @@
-"""One task's gradient by `torch.autograd.grad`, which fires no hooks of an accumulation."""
+"""Backward passes: of a weighted sum into p.grad, and of one task into views of a row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery._parameters import sparse_error
+from gradsurgery.backward.checks import sparse_error
 
-__all__ = ["fill_views"]
+__all__ = ["backward_weighted", "explain_donated_buffers", "fill_views"]
 
 # Elements from which on a gradient is copied as soon as it is there, and its memory goes back at
 # once; smaller ones are copied together in the end, by a few operations.
 _LARGE = 1 << 16
+
+
+def backward_weighted(
+    losses: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    weighted: Sequence[Tensor] | None,
+    *,
+    retain: bool,
+) -> None:
+    """Add the gradients to `grad`, as autograd does.
+
+    Args:
+        losses: 0-dim.
+        factors: for each loss its weight, 0-dim, of its dtype and device.
+        plain: leaves that get Σ_t ∂L_t. They cost a second pass, over the part of the graph that
+            lies before them.
+        weighted: leaves that get Σ_t w_t ∂L_t. None: all that there are.
+        retain: whether the graph must outlive this.
+    """
+    some = weighted is None or len(weighted) > 0
+    if plain:
+        torch.autograd.backward(losses, retain_graph=retain or some, inputs=list(plain))
+    if some:
+        torch.autograd.backward(
+            losses,
+            list(factors),
+            retain_graph=retain,
+            inputs=None if weighted is None else list(weighted),
+        )
+
+
+@contextmanager
+def explain_donated_buffers() -> Iterator[None]:
+    """Say what to do where a compiled model's graph does not outlive its first backward."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise RuntimeError(
+            "a compiled model reuses its saved tensors, and several losses share its graph: "
+            "set torch._functorch.config.donated_buffer = False before the model is compiled"
+        ) from error
 
 
 def fill_views(

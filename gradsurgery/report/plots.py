@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gradsurgery.report import SurgeryReport
+from gradsurgery.report.summary import SurgeryReport
 
 __all__ = ["ALONE", "BY_TASK", "figures", "plot", "whole"]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["KeptWeights"]
+__all__ = ["Schedule"]
 
 
-class KeptWeights:
+class Schedule:
     """w from one solve to the next.
 
     Args:
@@ -23,12 +24,12 @@ class KeptWeights:
         self._weights: Tensor | None = None
         self._since = 0
 
-    def get(self, names: tuple[str, ...]) -> Tensor | None:
+    def known(self, names: tuple[str, ...]) -> Tensor | None:
         """The weights for a step of these tasks; None where a solve is due."""
         due = self._since + 1 >= self._every or names != self._names
         return None if due else self._weights
 
-    def take(self, names: tuple[str, ...], weights: Tensor) -> None:
+    def solved(self, names: tuple[str, ...], weights: Tensor) -> None:
         """A solve has happened.
 
         Weights that are not finite are not kept (GradScaler skips such a step): those before them
@@ -43,7 +44,7 @@ class KeptWeights:
         self._weights = torch.where(weights.isfinite().all(), weights, before)
         self._names, self._since = names, 0
 
-    def count(self) -> None:
+    def reused(self) -> None:
         """A step has taken the kept weights."""
         self._since += self._weights is not None
 
@@ -51,6 +52,14 @@ class KeptWeights:
     def age(self) -> int:
         """How many steps have taken the kept weights."""
         return self._since
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        return dict(vars(self))
+
+    def restore(self, taken: dict[str, Any]) -> None:
+        """Be what `snapshot` saw."""
+        vars(self).update(taken)
 
     def state_dict(self) -> str:
         """As text, which every checkpoint tool carries along; "" before the first solve."""

@@ -1,4 +1,4 @@
-"""What a surgery saw and did, once (SurgeryReport) and over a run (History)."""
+"""SurgeryReport: what one surgery saw and did."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsurgery._history import History
-from gradsurgery._text import number, table
+from gradsurgery.report.text import number, table
 
-__all__ = ["History", "SurgeryReport"]
+__all__ = ["SurgeryReport"]
 
 # Beyond this the columns of the printed table carry numbers, so that it stays readable.
 _MOST_NAMED_COLUMNS = 6

@@ -1,8 +1,7 @@
-"""What surgery needs of torch.distributed; no other module knows a process group."""
+"""A process group: agreement between hosts, and the collectives on flat rows."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,17 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradsurgery._warn import warn_user
-
-__all__ = [
-    "Ranks",
-    "agree_over_mesh",
-    "fingerprint",
-    "look_for_wrappers",
-    "shard_groups",
-    "sum_over",
-    "warn_alone",
-]
+__all__ = ["Group", "fingerprint", "shard_groups", "sum_over"]
 
 # Backends that average while they reduce. The others move all of an all-reduce for a reduce-scatter
 # (gloo: counted, 2(R - 1)/R of a row), so for them a row is exchanged and averaged here.
@@ -34,8 +23,8 @@ _reduce_scatter: Any = getattr(
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 
-class Ranks:
-    """A process group: agreement between hosts, and the collectives on flat rows.
+class Group:
+    """A process group and what is said and sent in it.
 
     Args:
         group: a group that this process belongs to.
@@ -198,34 +187,6 @@ def fingerprint(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def agree_over_mesh(
-    known: dict[Any, Ranks], parameter: Tensor, failure: Exception | None, settings: object
-) -> None:
-    """`Ranks.compare` over every dimension of a DTensor's mesh; a failure here is one everywhere.
-
-    Args:
-        known: filled with the mesh's groups.
-        parameter: a DTensor.
-        failure: what went wrong on this rank; raised in the end.
-        settings: name -> value.
-    """
-    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-    for dim in range(mesh.ndim):
-        group = mesh.get_group(dim)
-        if group not in known:
-            known[group] = Ranks(group)
-        ranks = known[group]
-        error = None if failure is None else f"{type(failure).__name__}: {failure}"
-        try:
-            ranks.compare(ranks.exchange((error, settings)))
-        except (RuntimeError, ValueError) as found:
-            if not ranks.in_step:
-                raise
-            failure = failure or found
-    if failure is not None:
-        raise failure
-
-
 def shard_groups(parameter: Tensor) -> tuple[Any, ...]:
     """The groups over which a DTensor's elements are spread; none for other tensors."""
     mesh = getattr(parameter, "device_mesh", None)
@@ -240,46 +201,3 @@ def sum_over(groups: tuple[Any, ...], value: Tensor) -> None:
     """Add up `value` over the groups, in place."""
     for group in groups:
         dist.all_reduce(value, group=group)
-
-
-def look_for_wrappers(parameters: Sequence[Tensor], *, grouped: bool) -> None:
-    """Refuse wrapped models with which the surgery would be silently wrong.
-
-    Searches the live objects of the process, since neither parameters nor graph tell: about
-    0.1 s, for the first call of many processes only.
-
-    Raises:
-        ValueError: parameters in DistributedDataParallel without a process group, or in
-            FullyShardedDataParallel.
-    """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
-
-    own = {id(p) for p in parameters}
-    for candidate in gc.get_objects():
-        # type(), as some objects are proxies that lie about their class, or import on a look.
-        kind = type(candidate)
-        if not issubclass(kind, DistributedDataParallel | FullyShardedDataParallel):
-            continue
-        if own.isdisjoint(map(id, candidate.parameters())):
-            continue
-        if issubclass(kind, FullyShardedDataParallel):
-            raise ValueError(
-                "parameters are in FullyShardedDataParallel, which hides the shards of a gradient; "
-                "use torch.distributed.fsdp.fully_shard"
-            )
-        if not grouped:
-            raise ValueError(
-                "parameters are in DistributedDataParallel, which averages the first task's "
-                "gradient alone; pass process_group=torch.distributed.group.WORLD (the module "
-                "stays as it is)"
-            )
-
-
-def warn_alone() -> None:
-    """Warn that several processes do not share their gradients."""
-    warn_user(
-        f"torch.distributed runs {dist.get_world_size()} processes, and without process_group "
-        "surgery operates on each process's own gradients: p.grad differs between ranks. For "
-        "surgery on the global gradients pass process_group=torch.distributed.group.WORLD"
-    )

@@ -7,19 +7,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["read_losses"]
+__all__ = ["Losses", "loss_values", "read_losses"]
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
 
 def read_losses(
-    losses: Losses, devices: set[torch.device], *, absent: bool = False
+    losses: Losses,
+    devices: set[torch.device],
+    *,
+    order: Sequence[str] = (),
+    absent: bool = False,
 ) -> tuple[tuple[str, ...], list[Tensor | None]]:
     """Names and losses, checked.
 
     Args:
         losses: a sequence of 0-dim tensors, or a mapping from names to them.
         devices: where the parameters under surgery live.
+        order: the tasks of the last call. Where the same names come in another order, that of the
+            last call is kept: running state, and the order that is drawn, belong to names.
         absent: whether None may stand for a task of which this process has no sample.
 
     Raises:
@@ -46,7 +52,16 @@ def read_losses(
     for name, loss in zip(names, tensors, strict=True):
         if loss is not None or not absent:
             _check_loss(name, loss, devices)
+    if names != tuple(order) and sorted(names) == sorted(order):
+        by_name = dict(zip(names, tensors, strict=True))
+        names, tensors = tuple(order), [by_name[name] for name in order]
     return names, tensors
+
+
+def loss_values(losses: Sequence[Tensor]) -> Tensor:
+    """The losses' values, [T] float64 on the first one's device, without waiting for it."""
+    device = losses[0].device
+    return torch.stack([loss.detach().to(device, torch.float64) for loss in losses])
 
 
 def _check_loss(name: str, loss: object, devices: set[torch.device]) -> None:

@@ -37,6 +37,8 @@ class GraphSurvey:
     opaque: int = 0
     """Tasks with a node that may run another backward inside (reentrant checkpointing,
     reversible layers): they can reach leaves that the graph does not show."""
+    reentrant: int = 0
+    """Tasks of these whose node surely does: it accepts no choice of leaves."""
     complete: bool = True
     """False for a graph too deep to look at, of which only `opaque` says anything."""
     sparse: list[Tensor] = field(default_factory=list)
@@ -71,7 +73,7 @@ def survey(losses: Sequence[Tensor | None], stops: Sequence[Tensor] = ()) -> Gra
         # As careful as can be: keep every graph for the next task, and expect anything.
         everything = (1 << len(losses)) - 1
         retain = [True] * (len(losses) - 1) + [False]
-        return GraphSurvey(retain=retain, opaque=everything, complete=False)
+        return GraphSurvey(retain=retain, opaque=everything, reentrant=everything, complete=False)
     result = GraphSurvey(retain=[])
     kept = 0
     below_sparse: set[Node] = set()
@@ -87,6 +89,7 @@ def survey(losses: Sequence[Tensor | None], stops: Sequence[Tensor] = ()) -> Gra
         kept |= mask ^ (1 << (mask.bit_length() - 1))
         if _is_opaque(node):
             result.opaque |= mask
+            result.reentrant |= mask if _is_reentrant(node) else 0
         for following, output in node.next_functions:
             if following is None:
                 continue
@@ -141,6 +144,12 @@ def _topological_order(
 def _is_opaque(node: Node) -> bool:
     written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
     return written_in_python and node.name() not in _TRANSPARENT
+
+
+def _is_reentrant(node: Node) -> bool:
+    """By its name: torch's CheckpointFunction, and the reversible blocks of several libraries."""
+    name = node.name().lower()
+    return "checkpoint" in name or "reversible" in name
 
 
 def _makes_sparse(node: Node) -> bool:

@@ -6,18 +6,15 @@ import weakref
 from collections import deque
 from itertools import groupby
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradsurgery._plot import ALONE, BY_TASK, figures, plot, whole
-from gradsurgery._text import number, table
-
-if TYPE_CHECKING:
-    from gradsurgery.optimizer import AdaptiveGradientSurgery
-    from gradsurgery.report import SurgeryReport
+from gradsurgery.report.plots import ALONE, BY_TASK, figures, plot, whole
+from gradsurgery.report.summary import SurgeryReport
+from gradsurgery.report.text import number, table
 
 __all__ = ["History"]
 
@@ -84,7 +81,7 @@ class History:
 
     def __init__(
         self,
-        optimizer: AdaptiveGradientSurgery,
+        optimizer: Any,
         *,
         every: int = 1,
         capacity: int = 10_000,
@@ -113,7 +110,7 @@ class History:
         self._optimizer = weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = [optimizer.register_step_post_hook(self._after)]
         if step_effect:
-            surgery.keep_rows = True
+            surgery.keep_rows(True)
             self._handles.append(optimizer.register_step_pre_hook(self._copy))
 
     # ------------------------------------------------------------------- record
@@ -167,7 +164,7 @@ class History:
         if self._handles and self.step_effect and optimizer is not None:
             hooks = optimizer._optimizer_step_pre_hooks.values()
             others = (getattr(hook, "__self__", None) for hook in hooks)
-            optimizer._surgery.keep_rows = any(isinstance(each, History) for each in others)
+            optimizer._surgery.keep_rows(any(isinstance(each, History) for each in others))
         self._handles, self._before, self._copied, self._seen = [], [], [], None
 
     def __enter__(self) -> History:
@@ -221,8 +218,6 @@ class History:
 
     def _read(self, key: _Key) -> tuple[SurgeryReport, Tensor | None]:
         """All records as one report, with N first, and the effects."""
-        from gradsurgery.report import SurgeryReport
-
         records, blocks = self._segments[key], []
         # Those of a resumed run lie elsewhere than new ones.
         for _, run in groupby(records, key=lambda record: record.gram.device):

@@ -1,0 +1,1 @@
+"""One call of `backward`: from the losses to p.grad."""

@@ -1,0 +1,275 @@
+"""Surgery: everything of the plugin that is not the wrapped optimizer's."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsurgery._warn import warn_user
+from gradsurgery.backward.local import Local, Sharded
+from gradsurgery.backward.replicated import Replicated
+from gradsurgery.backward.routes import Call, Outcome, Source, choose_route
+from gradsurgery.backward.tasks import MicroBatches, Request, trainable
+from gradsurgery.distributed.group import fingerprint, shard_groups
+from gradsurgery.distributed.wrappers import look_for_wrappers, warn_alone
+from gradsurgery.methods import Method
+from gradsurgery.options import Options
+from gradsurgery.report import SurgeryReport
+from gradsurgery.weights.schedule import Schedule
+from gradsurgery.weights.solver import Solver
+
+__all__ = ["Surgery"]
+
+_STATE_VERSION = 4
+
+
+class Surgery:
+    """One object, shared by copies of the plugin.
+
+    Some frameworks copy the plugin's `__dict__` into an object of their own; mutable state
+    therefore lives here and nowhere else.
+
+    Args:
+        optimizer: the wrapped optimizer.
+        method: the rule M -> w.
+        options: what else was asked for.
+        seed: of the order in which tasks meet.
+        process_group: over which gradients are averaged, or None.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        options: Options,
+        seed: int,
+        process_group: Any = None,
+    ) -> None:
+        self.optimizer, self.options = optimizer, options
+        self.solver = Solver(optimizer, method, options, seed)
+        self.schedule = Schedule(options.every)
+        self.last: SurgeryReport | None = None
+        self.waiting: MicroBatches | None = None
+        self._names: tuple[str, ...] = ()
+        self._operated: list[bool] = []
+        self._source: Source | None = None
+        if process_group is not None:
+            self._source = Replicated(optimizer, self.solver, options, process_group)
+        self._grouped = process_group is not None
+        self._looked = self._warned = False
+
+    @property
+    def method(self) -> Method:
+        """The rule M -> w."""
+        return self.solver.method
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Python values and tensors that `torch.load(weights_only=True)` takes."""
+        return {
+            "version": _STATE_VERSION,
+            "method": self.method.name,
+            "method_state": self.method.state_dict(),
+            "order": self.solver.generator.get_state(),
+            "kept": self.schedule.state_dict(),
+            # As text: distributed checkpoints load only entries that they find in the optimizer
+            # they load into, which knows no tasks before its first step.
+            "tasks": "\n".join(self._names),
+        }
+
+    def check_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Raise ValueError where `load_state_dict` could not take this; change nothing."""
+        if state is None:
+            return
+        missing = {"version", "method", "method_state", "order"} - state.keys()
+        if missing:
+            raise ValueError(f"the gradient_surgery state lacks {', '.join(sorted(missing))}")
+        if state["version"] > _STATE_VERSION:
+            raise ValueError(
+                f"the gradient_surgery state has version {state['version']}, this library reads "
+                f"up to {_STATE_VERSION}; update gradsurgery"
+            )
+        try:
+            torch.Generator().set_state(state["order"].cpu())
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"order in the gradient_surgery state is damaged: {error}") from error
+        for name, part in (("method_state", self.method), ("kept", self.schedule)):
+            taken = part.snapshot()
+            same = state["method"] == self.method.name
+            try:
+                part.load_state_dict(state.get(name, "" if name == "kept" else {}) if same else {})
+            except Exception as error:
+                raise ValueError(
+                    f"{name} in the gradient_surgery state is damaged: {error}"
+                ) from error
+            finally:
+                part.restore(taken)
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Continue where `state_dict` was taken; another method's own state is left out.
+
+        None, from an optimizer without surgery, leaves method and order as they are.
+        """
+        self.discard()
+        if state is None:
+            return
+        # map_location may have moved the generator's state; generators take it on the CPU only.
+        self.solver.generator.set_state(state["order"].cpu())
+        same = state["method"] == self.method.name
+        self.method.load_state_dict(state["method_state"] if same else {})
+        self.schedule.load_state_dict(state.get("kept", "") if same else "")
+        # Before version 4 tasks were known by their position alone.
+        self._names = tuple(filter(None, state.get("tasks", "").split("\n")))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._grouped:
+            raise TypeError(
+                "an optimizer with a process_group cannot be copied or pickled; save its "
+                "state_dict()"
+            )
+        return {
+            "optimizer": self.optimizer,
+            "method": self.method,
+            "options": self.options,
+            "order": self.solver.generator.get_state(),
+            "schedule": self.schedule,
+            "names": self._names,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["optimizer"], state["method"], state["options"], 0)  # type: ignore[misc]
+        self.solver.generator.set_state(state["order"])
+        self.schedule, self._names = state["schedule"], state["names"]
+
+    def discard(self) -> None:
+        """Drop micro-batches that were accumulated and not yet operated on."""
+        self.waiting = None
+
+    # --------------------------------------------------------------- backward
+
+    # Also under inference_mode, where buffers would be made that nothing can write to later.
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def backward(self, request: Request) -> None:
+        """See `AdaptiveGradientSurgery.backward`."""
+        parameters = trainable(self.optimizer)
+        self._refuse_features(request)
+        source, waiting = self._source_of(parameters), self.waiting
+        order = waiting.names if waiting else self._names
+        tasks = source.read(request, order, waiting, self._settings)
+        self._look_at_processes(parameters)
+        weights = waiting.weights if waiting else self.schedule.known(tasks.names)
+        call = Call(
+            tasks, source, self.solver, self.options, parameters, weights, waiting, self.discard
+        )
+        outcome = choose_route(call).run(call)
+        self._record(call, outcome)
+
+    def _record(self, call: Call, outcome: Outcome) -> None:
+        self.waiting, self._operated = outcome.waiting, outcome.operated
+        self._names = call.names
+        weights = call.weights
+        if outcome.report is not None:
+            self.last = outcome.report
+            weights = outcome.report.weights
+        solved = outcome.report is not None or (call.waiting is not None and call.waiting.solved)
+        if outcome.waiting is not None:
+            outcome.waiting.solved = solved
+        elif len(call.names) > 1 and solved and weights is not None:
+            self.schedule.solved(call.names, weights)
+        elif len(call.names) > 1:
+            self.schedule.reused()
+        if not outcome.reached and not self._warned:
+            self._warned = True
+            warn_user(
+                "the losses reach none of the parameters that this optimizer holds, so they get no "
+                "gradient (are they those of a copy of the model?)"
+            )
+
+    def _source_of(self, parameters: list[Tensor]) -> Source:
+        """Where gradients come from; parameters may become DTensors after construction."""
+        if self._grouped:
+            assert self._source is not None
+            return self._source
+        kind = Sharded if any(hasattr(p, "device_mesh") for p in parameters) else Local
+        if type(self._source) is not kind:
+            self._source = kind(self.optimizer, self.solver, self.options)
+        return self._source
+
+    def _refuse_features(self, request: Request) -> None:
+        if request.features is None:
+            return
+        if request.accumulate or self.waiting is not None:
+            raise ValueError(
+                "features cannot be combined with micro-batches (accumulate=True): the trunk waits "
+                "for weights that are known after the last of them"
+            )
+        if not self.options.whole:
+            raise ValueError("features needs granularity='model': it measures no parameters")
+        if self.options.metric != "euclidean":
+            raise ValueError("features needs metric='euclidean': it measures no parameters")
+
+    def _settings(self, names: tuple[str, ...], accumulate: bool) -> dict[str, Any]:
+        """What must be the same on all ranks of a surgery."""
+        order = self.solver.generator.get_state()
+        return {
+            "losses": list(names),
+            "accumulate": accumulate,
+            "method": repr(self.method),
+            **self.options.describe(),
+            "the steps since the last solve": self.schedule.age,
+            "the seed or state of the task order": fingerprint(
+                ctypes.string_at(order.data_ptr(), order.numel())
+            ),
+        }
+
+    def _look_at_processes(self, parameters: list[Tensor]) -> None:
+        distributed = torch.distributed
+        if self._grouped or self._looked:
+            return
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        self._looked = True
+        if distributed.get_world_size() > 1 and not any(map(shard_groups, parameters)):
+            look_for_wrappers(parameters, grouped=False)
+            warn_alone()
+
+    # ---------------------------------------------------------------- history
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether all tasks' gradients can outlive a call, for `products`."""
+        return not self._grouped
+
+    def keep_rows(self, keep: bool) -> None:
+        """Let all tasks' gradients outlive `backward`; it costs one more row."""
+        source = self._source_of(trainable(self.optimizer))
+        assert isinstance(source, Local)
+        source.keep_rows = keep
+
+    def products(self, changes: Mapping[int, Tensor]) -> Tensor:
+        """g_t·change over the parameters that the last call operated on, [T] float64.
+
+        Args:
+            changes: id(parameter) -> a tensor of its shape.
+
+        Raises:
+            RuntimeError: the rows of the last call are not there: `keep_rows` was not asked for.
+        """
+        source = self._source
+        if not isinstance(source, Local) or not source.rows.spare or not any(self._operated):
+            raise RuntimeError("ask to keep_rows before the call of backward")
+        given = [changes.get(id(p), p) for p in source.rows.parameters]
+        return source.rows.products(self._operated, given)
+
+    def operated(self) -> list[Tensor]:
+        """The parameters that the last call operated on."""
+        if self._source is None:
+            return []
+        pairs = zip(self._source.held(), self._operated, strict=False)
+        return [p for p, chosen in pairs if chosen]
