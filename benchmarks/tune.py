@@ -38,16 +38,17 @@ def gram_candidates(padded: int, *, quick: bool) -> list[Any]:
         # Sums that a thread keeps: P² for each of its columns.
         for each in {2: (2, 4, 8), 4: (1, 2, 4), 8: (1, 2)}[padded]:
             for warps in (4, 8):
-                for programs in (528, 1056, 2112, 4224):
-                    found.append(Tile(32 * warps * each, warps, programs))
+                found += [Tile(32 * warps * each, warps, n) for n in (528, 1056, 2112, 4224)]
     else:
         for columns in (32, 64, 128, 256):
             for warps in (1, 2, 4, 8):
                 if not 512 * warps <= columns * padded <= 4096 * warps:
                     continue
-                for programs in (264, 528, 1056, 2112):
-                    for stages in (2, 4):
-                        found.append(Tile(columns, warps, programs, stages=stages))
+                found += [
+                    Tile(columns, warps, programs, stages=stages)
+                    for programs in (264, 528, 1056, 2112)
+                    for stages in (2, 4)
+                ]
     return list(dict.fromkeys(found))
 
 
@@ -91,7 +92,8 @@ def time_ms(case: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         case()
         return (time.perf_counter() - start) * 1e3
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    last: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def sample(calls: int) -> float:
         first.record()
@@ -99,7 +101,7 @@ def time_ms(case: Callable[[], object], device: torch.device) -> float:
             case()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / calls
+        return float(first.elapsed_time(last)) / calls
 
     calls = min(max(int(_SAMPLE_MS / max(sample(2), 1e-4)), 1), 200)
     return statistics.median(sample(calls) for _ in range(_SAMPLES))
@@ -152,6 +154,11 @@ def sweep(
     device, size = gradients.device, gradients.element_size()
     out = torch.empty_like(gradients[0])
     weights = torch.linspace(-1, 1, count, dtype=torch.float64, device=device)
+
+    def combined() -> Tensor:
+        triton_rows.combine_into(gradients, weights, out)
+        return out
+
     cases: list[tuple[str, int | None, list[Any], Callable[[], Tensor], int]] = [
         (
             "gram",
@@ -160,13 +167,7 @@ def sweep(
             lambda: triton_rows.gram(gradients),
             count * width * size,
         ),
-        (
-            "combine",
-            None,
-            combine_candidates(quick=quick),
-            lambda: (triton_rows.combine_into(gradients, weights, out), out)[1],
-            (count + 1) * width * size,
-        ),
+        ("combine", None, combine_candidates(quick=quick), combined, (count + 1) * width * size),
     ]
     results: dict[str, list[Row]] = {}
     for name, padded, candidates, run, moved in cases:

@@ -17,6 +17,7 @@ from gradsurgery.backward.tasks import MicroBatches, Request, Settings, Tasks, l
 from gradsurgery.distributed.group import Group, fingerprint
 from gradsurgery.distributed.wrappers import look_for_wrappers
 from gradsurgery.gradients.layout import name_of
+from gradsurgery.gradients.scattered import ScatteredRows
 from gradsurgery.weights.solver import Solver
 
 __all__ = ["Agreement"]
@@ -136,6 +137,28 @@ class Agreement:
         together = [reduce(or_, masks) for masks in zip(*(each[2] for each in said), strict=True)]
         tasks.reach = dict(zip(tasks.reach, together, strict=True))
         tasks.opaque = reduce(or_, (each[3] for each in said))
+
+    def together(
+        self,
+        failure: BaseException | None,
+        reached: Sequence[int],
+        moving: Sequence[ScatteredRows] = (),
+    ) -> list[int]:
+        """What the ranks have reached together; raises on all what went wrong on one.
+
+        Args:
+            failure: what went wrong here.
+            reached: sets of tasks, as many on every rank.
+            moving: rows on their way, which arrive before anything is raised.
+        """
+        text = f"{type(failure).__name__}: {failure}" if failure else None
+        said = self._group.exchange((text, {}, tuple(reached)))
+        for rows in moving:
+            rows.settle()
+        if failure is not None:
+            raise failure
+        self._group.compare([each[:2] for each in said])
+        return [reduce(or_, masks) for masks in zip(*(each[2] for each in said), strict=True)]
 
     def _describe(self, parameters: Sequence[Tensor]) -> list[str]:
         return [f"{name_of(p, self._optimizer)} of {p.dtype}" for p in parameters]

@@ -46,6 +46,8 @@ class SharedFeatures:
             )
         self.trunk = behind
         """The graph behind the features; its masks are of features, not of tasks."""
+        self.both = self.heads.leaves.keys() & behind.leaves.keys()
+        """ids of leaves that losses reach through the features and beside them as well."""
 
     def tasks_of(self, leaf: Tensor) -> int:
         """The tasks that reach a leaf, through features or beside them."""
@@ -60,8 +62,10 @@ class SharedFeatures:
 class FeatureGradients:
     """The gradients of T losses at the features, and those of leaves that they reach beside them.
 
-    A leaf that two or more tasks reach, through the features or beside them, gets Σ_t w_t ∂L_t by
-    both ways; one task's own leaf, its plain gradient.
+    A leaf that two or more tasks reach, through the features or beside them, gets Σ_t w_t ∂L_t; one
+    task's own leaf, its plain gradient. Of a leaf that is reached both ways (tied weights, a skip
+    connection, a penalty on the trunk's weights) every task's pass takes the whole gradient,
+    through the trunk, and the pass through the trunk leaves it out: no way would count twice.
 
     Args:
         features: the features.
@@ -95,11 +99,13 @@ class FeatureGradients:
         for task, loss in enumerate(losses):
             if loss is None:
                 continue
-            leaves = [leaf for leaf, mask in heads.leaves.values() if mask >> task & 1]
+            leaves = [
+                leaf for leaf, _ in heads.leaves.values() if self._shared.tasks_of(leaf) >> task & 1
+            ]
             found = torch.autograd.grad(
                 loss,
                 [*tensors, *leaves],
-                retain_graph=retain or heads.retain[task],
+                retain_graph=retain or heads.retain[task] or bool(self._shared.both),
                 allow_unused=True,
             )
             for row, gradient in zip(self._rows, found, strict=False):
@@ -140,7 +146,9 @@ class FeatureGradients:
         One pass for all leaves (None) where every leaf behind the features is weighted; else one
         for the weighted ones, and one for those that get the plain sum.
         """
-        leaves = [leaf for leaf, _ in self._shared.trunk.leaves.values()]
+        both = self._shared.both
+        behind = self._shared.trunk.leaves.items()
+        leaves = [leaf for key, (leaf, _) in behind if key not in both]
         plain = [leaf for leaf in leaves if not self._by_weights(leaf)]
         tensors = [z for _, z in self._features]
         passes: list[tuple[list[Tensor], list[Tensor], list[Tensor] | None]] = []
@@ -148,13 +156,13 @@ class FeatureGradients:
             # Rows of all tasks add up; at a leaf of one task's own the other rows do not arrive.
             sums = [rows.sum(0).view(z.shape) for z, rows in zip(tensors, self._rows, strict=True)]
             passes.append((tensors, sums, plain))
-        if len(plain) < len(leaves) or not leaves:
+        if len(plain) < len(leaves) or not behind:
             combined = []
             for z, rows in zip(tensors, self._rows, strict=True):
                 factors = weights.to(rows.device, non_blocking=True)
                 combined.append(combine(rows, factors, out=rows[0]).view(z.shape))
-            weighted = [leaf for leaf in leaves if self._by_weights(leaf)] if plain else None
-            passes.append((tensors, combined, weighted))
+            weighted = [leaf for leaf in leaves if self._by_weights(leaf)]
+            passes.append((tensors, combined, weighted if plain or both else None))
         return passes
 
     def _by_weights(self, leaf: Tensor) -> bool:

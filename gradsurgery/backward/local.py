@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,11 @@ from gradsurgery.backward.graph import GraphSurvey, survey
 from gradsurgery.backward.losses import loss_values, read_losses
 from gradsurgery.backward.selection import Plan, select
 from gradsurgery.backward.tasks import MicroBatches, Request, Settings, Tasks, leave_out, trainable
-from gradsurgery.distributed.agreement import agree_over_mesh
-from gradsurgery.distributed.group import Group
 from gradsurgery.gradients.storage import TaskGradients
 from gradsurgery.options import Options
 from gradsurgery.weights.solver import Solver
 
-__all__ = ["Local", "Sharded"]
+__all__ = ["Local"]
 
 
 class Local:
@@ -330,43 +327,6 @@ class Local:
 
     def publish_features(self, plan: Plan) -> None:
         """Nothing: p.grad is there."""
-
-
-class Sharded(Local):
-    """The same where parameters are DTensors: M of their parts is summed over their mesh."""
-
-    hides_leaves = True
-
-    def __init__(self, optimizer: Optimizer, solver: Solver, options: Options) -> None:
-        super().__init__(optimizer, solver, options)
-        self._groups: dict[Any, Group] = {}
-
-    def _read_losses(
-        self,
-        request: Request,
-        order: Sequence[str],
-        parameters: list[Tensor],
-        settings: Settings,
-    ) -> tuple[tuple[str, ...], list[Tensor | None]]:
-        names: tuple[str, ...] = ()
-        losses: list[Tensor | None] = []
-        failure: Exception | None = None
-        try:
-            names, losses = super()._read_losses(request, order, parameters, settings)
-        except (TypeError, ValueError) as error:
-            failure = error
-        asked = settings(names, request.accumulate)
-        agree_over_mesh(self._groups, parameters[0], failure, asked)
-        return names, losses
-
-    def _refuse_features(self, parameters: list[Tensor]) -> None:
-        raise ValueError("features cannot be combined with fully_shard")
-
-    def _over_processes(self, values: Tensor) -> Tensor:
-        for group in self._groups.values():
-            group.sum(values)
-            values /= group.size
-        return values
 
 
 def _version(grad: Tensor | None) -> int:

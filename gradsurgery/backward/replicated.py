@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
@@ -196,14 +194,8 @@ class Replicated:
         """Send single rows, compare notes, and wait for everything that is on its way."""
         for row in rows:
             row.send(0, 0)
-        text = f"{type(failure).__name__}: {failure}" if failure else None
-        said = self.group.exchange((text, {}, tuple(plan.reached)))
-        for row in (self.rows, self._plain, self._single):
-            row.settle()
-        if failure is not None:
-            raise failure
-        self.group.compare([each[:2] for each in said])
-        plan.reached = [reduce(or_, masks) for masks in zip(*(s[2] for s in said), strict=True)]
+        moving = (self.rows, self._plain, self._single)
+        plan.reached = self._agreement.together(failure, plan.reached, moving)
 
     def publish(self, plan: Plan, operated: list[bool]) -> None:
         """All ranks' parts of row 0 together, as p.grad."""
@@ -321,11 +313,7 @@ class Replicated:
             gradients.fill(tasks.losses, retain=tasks.request.retain_graph)
         except BaseException as error:
             failure = error
-        text = f"{type(failure).__name__}: {failure}" if failure else None
-        said = self.group.exchange((text, {}))
-        if failure is not None:
-            raise failure
-        self.group.compare(said)
+        self._agreement.together(failure, ())
 
     def total(self, gram: Tensor) -> Tensor:
         """M at the features of all ranks' samples."""

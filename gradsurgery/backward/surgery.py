@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gradsurgery._warn import warn_user
-from gradsurgery.backward.local import Local, Sharded
+from gradsurgery.backward.local import Local
 from gradsurgery.backward.replicated import Replicated
 from gradsurgery.backward.routes import Call, Outcome, Source, choose_route
+from gradsurgery.backward.sharded import Sharded
 from gradsurgery.backward.tasks import MicroBatches, Request, trainable
 from gradsurgery.distributed.group import fingerprint, shard_groups
 from gradsurgery.distributed.wrappers import look_for_wrappers, warn_alone

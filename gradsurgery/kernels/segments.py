@@ -1,7 +1,8 @@
-"""Tables that tell the programs of one launch which columns of which part of the model they take."""
+"""Tables that tell the programs of one launch which columns they take, for which part."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def table_of(
     """
     total = sum(bounds[1::2]) - sum(bounds[::2])
     # As long as `most` programs together have all columns, and the segments' ends besides.
-    length = max(-(-(-(-total // most)) // columns), 1) * columns
+    length = max(math.ceil(math.ceil(total / most) / columns), 1) * columns
     key = (bounds, where, number, length, device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key not in _tables:
@@ -88,5 +89,5 @@ def _make_table(
         firsts[part + 1] += firsts[part]
     flat = [end for start, stop, _ in chunks for end in (start, stop)]
     moved = torch.tensor([*flat, *parts, *firsts], device="cpu").to(device, non_blocking=True)
-    ends, which, first = moved.split([len(flat), len(parts), len(firsts)])
-    return Table(len(chunks), ends, which, first)
+    ends, rest = moved[: len(flat)], moved[len(flat) :]
+    return Table(len(chunks), ends, rest[: len(parts)], rest[len(parts) :])

@@ -251,7 +251,7 @@ def _gram(
     )
     if programs:
         constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-        launch(kernel, (programs,), *where, **constants)
+        launch(kernel, (programs,), rows, *where, **constants)
     firsts = partial if table is None else table.firsts
     sizes = {"P": padded, "N": 1024 // padded, "SEGMENTED": table is not None}
     launch(sum_partials, (count, number), partial, out, firsts, programs, count, **sizes)
@@ -297,7 +297,9 @@ def _combine(
     )
     wide = tl.float64 if rows.dtype in (torch.float32, torch.float64) else tl.float32
     constants = {"B": COMBINE_COLUMNS, "ACC": wide, "SEGMENTED": table is not None}
-    launch(combine_rows, (programs,), *where, **constants, num_warps=COMBINE_WARPS)
+    launch(
+        combine_rows, (programs,), rows, weights, out, *where, **constants, num_warps=COMBINE_WARPS
+    )
 
 
 def resolution(rows: Tensor) -> float:

@@ -642,7 +642,7 @@ def test_inputs_and_a_reentrant_checkpoint_are_refused_as_by_torch() -> None:
     x = batch().requires_grad_()
     out = checkpoint(lambda t: two(one(t).tanh()), x, use_reentrant=True)
     optimizer = plugin(one)
-    with pytest.raises(RuntimeError, match="incompatible with .grad"):
+    with pytest.raises(RuntimeError, match=r"incompatible with \.grad"):
         optimizer.backward(_pair(out), inputs=[*one.parameters(), x])
     assert x.grad is None
     assert grads(one) == grads(two) == [None, None]

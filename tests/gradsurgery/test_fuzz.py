@@ -281,10 +281,6 @@ class Runner:
         base = torch.optim.SGD([group for group in groups if group["params"]], lr=1e-2)
         rule = GradVac(beta=0.3) if case.method == "gradvac" else case.method
         self.optimizer = AdaptiveGradientSurgery(base, rule, scope=case.scope, seed=case.seed)
-        self.other = None
-        if self.foreign:
-            idle = torch.optim.SGD(list(self.foreign.values()), lr=1e-2)
-            self.other = AdaptiveGradientSurgery(idle, "sum")
         self.count = len(case.tasks)
         self.generator = torch.Generator().manual_seed(case.seed)
         self.spread = any(unit.kind == "expanded" for unit in case.units)
@@ -390,7 +386,14 @@ class Runner:
             named = {f"task {number}": loss for number, loss in enumerate(losses)}
             given = dict(reversed(named.items())) if turned else named
         self.target = json.loads(self.optimizer.method.state_dict().get("target") or "[]")
-        self.optimizer.backward(given, accumulate=accumulate, retain_graph=retain_graph)
+        inputs = None
+        if self.foreign:
+            # Somebody else's: this call leaves them alone.
+            here = [p for p in self.network.parameters if id(p) not in self.foreign]
+            inputs = [leaf for leaf in [*here, x] if leaf.requires_grad]
+        self.optimizer.backward(
+            given, accumulate=accumulate, retain_graph=retain_graph, inputs=inputs
+        )
         assert (x.grad is None) == (slope is None)
         if slope is not None:
             assert float((x.grad - slope).abs().max()) <= ROUNDING[torch.float32] * size
