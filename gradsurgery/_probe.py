@@ -16,6 +16,7 @@ from gradsurgery.backward.graph import survey
 from gradsurgery.backward.losses import Losses, read_losses
 from gradsurgery.optimizer import AdaptiveGradientSurgery
 from gradsurgery.report import History
+from gradsurgery.weights.solver import TaskNames
 
 __all__ = ["TRIED", "LossesOf", "Probe"]
 
@@ -97,8 +98,10 @@ class Probe:
         """
         torch.manual_seed(self.seed + number)
         random.seed(self.seed + number)
-        names, tensors = read_losses(self.losses_fn(model, batch), {p.device for p in self.held})
-        losses = [tensor for tensor in tensors if tensor is not None]
+        devices = {p.device for p in self.held}
+        given = read_losses(self.losses_fn(model, batch), devices, TaskNames())
+        names = given.names
+        losses = [loss for loss in given.losses if loss is not None]
         if len(names) < 2:
             raise ValueError("losses_fn must return at least two losses: one has no conflicts")
         if self.names not in ((), names):

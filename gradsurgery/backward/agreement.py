@@ -41,7 +41,6 @@ class Agreement:
         self,
         request: Request,
         parameters: list[Tensor],
-        order: Sequence[str],
         waiting: MicroBatches | None,
         held: Sequence[Tensor],
         settings: Settings,
@@ -51,7 +50,6 @@ class Agreement:
         Args:
             request: this rank's.
             parameters: those that require grad.
-            order: the tasks of the last call.
             waiting: the micro-batches that wait.
             held: the parameters whose rows hold micro-batches.
             settings: (names, accumulate) -> what must be the same on all ranks.
@@ -64,11 +62,13 @@ class Agreement:
         ids = tuple(map(id, parameters))
         is_new = ids != self._known[0]
         failure: Exception | None = None
-        tasks = Tasks((), [], GraphSurvey(retain=[]), dict.fromkeys(ids, 0), 0, request)
+        graph = GraphSurvey(retain=[])
+        known = self._solver.tasks
+        tasks = Tasks(known, (), [], graph, dict.fromkeys(ids, 0), 0, request)
         try:
             if is_new:
                 look_for_wrappers(parameters, grouped=True)
-            self._read_here(tasks, parameters, order, waiting, held)
+            self._read_here(tasks, parameters, waiting, held)
         except Exception as error:
             failure = error
         if is_new:
@@ -85,7 +85,6 @@ class Agreement:
         self,
         tasks: Tasks,
         parameters: list[Tensor],
-        order: Sequence[str],
         waiting: MicroBatches | None,
         held: Sequence[Tensor],
     ) -> None:
@@ -94,10 +93,12 @@ class Agreement:
         devices = {p.device for p in parameters}
         if request.inputs is not None:
             check_inputs(request.inputs)
-        tasks.names, tasks.losses = read_losses(request.losses, devices, order=order, absent=True)
+        names = waiting.names if waiting else ()
+        given = read_losses(request.losses, devices, tasks.known, waiting=names, keep_absent=True)
+        tasks.known, tasks.names, tasks.losses = given.tasks, given.names, given.losses
         if waiting:
-            waiting.check(tasks.names)
-        self._solver.check(len(tasks.names), parameters, held)
+            waiting.check(given.names)
+        self._solver.check(given.tasks, given.names, parameters, held)
         tasks.graph = survey(tasks.losses)
         leave_out(tasks)
         check_parameters(self._optimizer, parameters, tasks.graph)

@@ -13,7 +13,7 @@ from gradsurgery.backward.checks import check_inputs, check_parameters, refuse_s
 from gradsurgery.backward.differentiate import backward_weighted, explain_donated_buffers
 from gradsurgery.backward.features import FeatureGradients, SharedFeatures, add_to_grad
 from gradsurgery.backward.graph import GraphSurvey, survey
-from gradsurgery.backward.losses import loss_values, read_losses
+from gradsurgery.backward.losses import Given, loss_values, read_losses
 from gradsurgery.backward.selection import Plan, select
 from gradsurgery.backward.tasks import MicroBatches, Request, Settings, Tasks, leave_out, trainable
 from gradsurgery.gradients.storage import TaskGradients
@@ -52,47 +52,44 @@ class Local:
 
     # -------------------------------------------------------------------- read
 
-    def read(
-        self,
-        request: Request,
-        order: Sequence[str],
-        waiting: MicroBatches | None,
-        settings: Settings,
-    ) -> Tasks:
+    def read(self, request: Request, waiting: MicroBatches | None, settings: Settings) -> Tasks:
         """Check everything, before anything changes."""
         parameters = trainable(self.optimizer)
-        names, losses = self._read_losses(request, order, parameters, settings)
+        given = self._read_losses(request, waiting, parameters, settings)
         if waiting:
-            waiting.check(names)
-        self.solver.check(len(names), parameters, self.held() if waiting else ())
+            waiting.check(given.names)
+        held = self.held() if waiting else ()
+        self.solver.check(given.tasks, given.names, parameters, held)
         if request.inputs is not None:
             check_inputs(request.inputs)
-        present = [loss for loss in losses if loss is not None]
-        tasks = Tasks(
-            names, losses, GraphSurvey(retain=[]), {}, 0, request, device=present[0].device
-        )
+        device = next(loss.device for loss in given.losses if loss is not None)
+        graph = GraphSurvey(retain=[])
+        tasks = Tasks(given.tasks, given.names, given.losses, graph, {}, 0, request, device=device)
         if request.features is not None:
             self._refuse_features(parameters)
-            tasks.features = SharedFeatures(request.features, losses)
+            tasks.features = SharedFeatures(request.features, given.losses)
             check_parameters(self.optimizer, parameters, tasks.features.heads)
-        if len(names) > 1:
-            tasks.graph = survey(losses)
+        if len(given.names) > 1:
+            tasks.graph = survey(given.losses)
             check_parameters(self.optimizer, parameters, tasks.graph)
-            tasks.opaque = (1 << len(names)) - 1 if self.hides_leaves else tasks.graph.opaque
+            hidden = (1 << len(given.names)) - 1 if self.hides_leaves else 0
+            tasks.opaque = tasks.graph.opaque | hidden
             leave_out(tasks)
             tasks.reach = {id(p): tasks.graph.tasks_of(p) for p in parameters}
             if self.solver.method.reads_losses:
-                tasks.values = self._over_processes(loss_values(present))
+                tasks.values = self._over_processes(loss_values(given.losses, device))
         return tasks
 
     def _read_losses(
         self,
         request: Request,
-        order: Sequence[str],
+        waiting: MicroBatches | None,
         parameters: list[Tensor],
         settings: Settings,
-    ) -> tuple[tuple[str, ...], list[Tensor | None]]:
-        return read_losses(request.losses, {p.device for p in parameters}, order=order)
+    ) -> Given:
+        names = waiting.names if waiting else ()
+        devices = {p.device for p in parameters}
+        return read_losses(request.losses, devices, self.solver.tasks, waiting=names)
 
     def _refuse_features(self, parameters: list[Tensor]) -> None:
         """Nothing to say against them here."""

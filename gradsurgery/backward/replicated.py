@@ -64,17 +64,11 @@ class Replicated:
         """The parameters that have rows."""
         return self.rows.full.parameters
 
-    def read(
-        self,
-        request: Request,
-        order: Sequence[str],
-        waiting: MicroBatches | None,
-        settings: Settings,
-    ) -> Tasks:
+    def read(self, request: Request, waiting: MicroBatches | None, settings: Settings) -> Tasks:
         """What all ranks are going to do; raises on all where they do not fit together."""
         parameters = trainable(self.optimizer)
         held = self.held() if waiting else []
-        tasks = self._agreement.read(request, parameters, order, waiting, held, settings)
+        tasks = self._agreement.read(request, parameters, waiting, held, settings)
         tasks.device = parameters[0].device if parameters else torch.device("cpu")
         if len(tasks.names) > 1 and self.solver.method.reads_losses:
             tasks.values = self._values(tasks)

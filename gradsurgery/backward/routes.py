@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,13 +39,7 @@ class Source(Protocol):
     def held(self) -> list[Tensor]:
         """The parameters that have rows."""
 
-    def read(
-        self,
-        request: Request,
-        order: Sequence[str],
-        waiting: MicroBatches | None,
-        settings: Settings,
-    ) -> Tasks:
+    def read(self, request: Request, waiting: MicroBatches | None, settings: Settings) -> Tasks:
         """Check the request, and agree on it where several processes take part."""
 
     def single(self, tasks: Tasks, waiting: MicroBatches | None) -> Plan | None:
@@ -270,7 +264,7 @@ class AtFeatures:
             source.fill_features(tasks, gradients)
             gram, accuracy = gradients.gram(len(call.names), tasks.device)
             gram = source.total(gram)
-            weights = solver.weights(gram, call.values, accuracy)
+            weights = solver.weights(call.names, gram, call.values, accuracy)
             source.finish_features(tasks, plan, gradients, weights)
             source.publish_features(plan)
             return SurgeryReport(call.names, gram, weights)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery.backward.local import Local
-from gradsurgery.backward.tasks import Request, Settings
+from gradsurgery.backward.losses import Given
+from gradsurgery.backward.tasks import MicroBatches, Request, Settings
 from gradsurgery.distributed.agreement import agree_over_mesh
 from gradsurgery.distributed.group import Group
 from gradsurgery.options import Options
@@ -30,20 +30,20 @@ class Sharded(Local):
     def _read_losses(
         self,
         request: Request,
-        order: Sequence[str],
+        waiting: MicroBatches | None,
         parameters: list[Tensor],
         settings: Settings,
-    ) -> tuple[tuple[str, ...], list[Tensor | None]]:
-        names: tuple[str, ...] = ()
-        losses: list[Tensor | None] = []
+    ) -> Given:
+        given: Given | None = None
         failure: Exception | None = None
         try:
-            names, losses = super()._read_losses(request, order, parameters, settings)
+            given = super()._read_losses(request, waiting, parameters, settings)
         except (TypeError, ValueError) as error:
             failure = error
-        asked = settings(names, request.accumulate)
+        asked = settings(given.names if given else (), request.accumulate)
         agree_over_mesh(self._groups, parameters[0], failure, asked)
-        return names, losses
+        assert given is not None
+        return given
 
     def _refuse_features(self, parameters: list[Tensor]) -> None:
         raise ValueError("features cannot be combined with fully_shard")

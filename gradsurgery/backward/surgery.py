@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from gradsurgery.methods import Method
 from gradsurgery.options import Options
 from gradsurgery.report import SurgeryReport
 from gradsurgery.weights.schedule import Schedule
-from gradsurgery.weights.solver import Solver
+from gradsurgery.weights.solver import Solver, TaskNames
 
 __all__ = ["Surgery"]
 
@@ -55,7 +56,6 @@ class Surgery:
         self.schedule = Schedule(options.every)
         self.last: SurgeryReport | None = None
         self.waiting: MicroBatches | None = None
-        self._names: tuple[str, ...] = ()
         self._operated: list[bool] = []
         self._source: Source | None = None
         if process_group is not None:
@@ -80,7 +80,7 @@ class Surgery:
             "kept": self.schedule.state_dict(),
             # As text: distributed checkpoints load only entries that they find in the optimizer
             # they load into, which knows no tasks before its first step.
-            "tasks": "\n".join(self._names),
+            "tasks": json.dumps(self.solver.tasks.names if self.solver.tasks.named else ()),
         }
 
     def check_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -124,8 +124,9 @@ class Surgery:
         same = state["method"] == self.method.name
         self.method.load_state_dict(state["method_state"] if same else {})
         self.schedule.load_state_dict(state.get("kept", "") if same else "")
-        # Before version 4 tasks were known by their position alone.
-        self._names = tuple(filter(None, state.get("tasks", "").split("\n")))
+        # Before version 4 tasks were known by their place alone.
+        names = json.loads(state.get("tasks", "[]"))
+        self.solver.tasks = TaskNames(tuple(names), named=bool(names))
 
     def __getstate__(self) -> dict[str, Any]:
         if self._grouped:
@@ -139,13 +140,13 @@ class Surgery:
             "options": self.options,
             "order": self.solver.generator.get_state(),
             "schedule": self.schedule,
-            "names": self._names,
+            "tasks": self.solver.tasks,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["optimizer"], state["method"], state["options"], 0)  # type: ignore[misc]
         self.solver.generator.set_state(state["order"])
-        self.schedule, self._names = state["schedule"], state["names"]
+        self.schedule, self.solver.tasks = state["schedule"], state["tasks"]
 
     def discard(self) -> None:
         """Drop micro-batches that were accumulated and not yet operated on."""
@@ -161,19 +162,22 @@ class Surgery:
         parameters = trainable(self.optimizer)
         self._refuse_features(request)
         source, waiting = self._source_of(parameters), self.waiting
-        order = waiting.names if waiting else self._names
-        tasks = source.read(request, order, waiting, self._settings)
+        tasks = source.read(request, waiting, self._settings)
         self._look_at_processes(parameters)
         weights = waiting.weights if waiting else self.schedule.known(tasks.names)
         call = Call(
             tasks, source, self.solver, self.options, parameters, weights, waiting, self.discard
         )
-        outcome = choose_route(call).run(call)
+        before, self.solver.tasks = self.solver.tasks, tasks.known
+        try:
+            outcome = choose_route(call).run(call)
+        except BaseException:
+            self.solver.tasks = before
+            raise
         self._record(call, outcome)
 
     def _record(self, call: Call, outcome: Outcome) -> None:
         self.waiting, self._operated = outcome.waiting, outcome.operated
-        self._names = call.names
         weights = call.weights
         if outcome.report is not None:
             self.last = outcome.report

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradsurgery.backward.features import SharedFeatures
 from gradsurgery.backward.graph import GraphSurvey
 from gradsurgery.backward.losses import Losses
+from gradsurgery.weights.solver import TaskNames
 
 __all__ = ["MicroBatches", "Request", "Settings", "Tasks", "leave_out", "trainable"]
 
@@ -62,6 +63,8 @@ class MicroBatches:
 class Tasks:
     """One call's tasks. Sets of tasks are bit masks: bit t stands for task t."""
 
+    known: TaskNames
+    """All tasks that have been seen, with those of this call."""
     names: tuple[str, ...]
     losses: list[Tensor | None]
     """None where this process has no sample of the task."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -100,8 +101,24 @@ class Method(ABC):
         gets M as it was given, for its shape and device.
         """
 
-    def check(self, shape: torch.Size) -> None:  # noqa: B027 - most methods keep no state
-        """Raise ValueError where a Gram matrix for tasks of shape [..., T] does not fit."""
+    def check(self, shape: torch.Size, *, grow: bool = False) -> None:  # noqa: B027
+        """Raise ValueError where a Gram matrix for tasks of shape [..., T] does not fit.
+
+        Args:
+            shape: [..., T].
+            grow: whether T may be larger than before: tasks are known by name, and new ones come.
+        """
+
+    @contextmanager
+    def only(self, present: Sequence[int], total: int) -> Iterator[None]:
+        """Within, the method is about some of its tasks; the state of the others rests.
+
+        Args:
+            present: the places of those that are there, among all.
+            total: T of all. Running state grows where it was smaller.
+        """
+        del present, total
+        yield
 
     def state_dict(self) -> dict[str, Any]:
         """State that shapes the next step: plain Python values and tensors only.

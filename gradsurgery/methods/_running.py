@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from gradsurgery.methods._base import Method
 
-__all__ = ["Adam", "RunningMethod"]
+__all__ = ["Adam", "RunningMethod", "extended", "narrowed", "put_back", "softmax_of", "there_of"]
 
 
 class RunningMethod(Method):
@@ -24,41 +26,72 @@ class RunningMethod(Method):
     _fields: ClassVar[dict[str, int]] = {}
     """Name -> how many dimensions of size T it ends with."""
 
+    _start: ClassVar[dict[str, float]] = {}
+    """Name -> what every element of it is before the task's first step; others are 0."""
+
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
 
-    def check(self, shape: torch.Size) -> None:
+    def check(self, shape: torch.Size, *, grow: bool = False) -> None:
         """Raise ValueError where the state is of other tasks."""
         for name, dims in self._fields.items():
             held = self._state.get(name)
             if held is None or not dims:
                 continue
             known = held.shape[: held.dim() - dims + 1]
-            if known != shape:
+            if known != shape and not (grow and known[:-1] == shape[:-1] and known < shape):
                 raise ValueError(
                     f"{type(self).__name__} keeps running state for every task: it has seen tasks "
                     f"of shape {list(known)} and now gets {list(shape)}; use a new "
                     f"{type(self).__name__}() where the number of tasks changes"
                 )
 
-    def _begin(self, gram: Tensor, **start: float) -> dict[str, Tensor]:
-        """The state as it is, on the device of M; at the first call of the given values.
+    def starts(self) -> dict[str, float]:
+        """Name -> what every element of it is before the task's first step; others are 0."""
+        return self._start
+
+    @contextmanager
+    def only(self, present: Sequence[int], total: int) -> Iterator[None]:
+        """Within, the state is that of some tasks; it is put back among the others' in the end."""
+        held = dict(self._state)
+        whole = {
+            name: extended(state, self._fields[name], total, self.starts().get(name, 0.0))
+            for name, state in held.items()
+        }
+        self._state = {
+            name: narrowed(state, self._fields[name], present) for name, state in whole.items()
+        }
+        try:
+            yield
+            for name, part in self._state.items():
+                dims = self._fields[name]
+                if name not in whole:
+                    shape = part.shape[: part.dim() - dims] + (total,) * dims
+                    whole[name] = part.new_full(shape, self.starts().get(name, 0.0))
+                put_back(whole[name], part, dims, present)
+            self._state = whole
+        except BaseException:
+            self._state = held
+            raise
+
+    def _begin(self, gram: Tensor) -> dict[str, Tensor]:
+        """The state as it is, on the device of M; at the first call new.
 
         Args:
             gram: [..., T, T].
-            start: name -> what every element of a new one is; the others start at 0.
         """
         batch, count = gram.shape[:-2], gram.shape[-1]
         for name, dims in self._fields.items():
             held = self._state.get(name)
             if held is None:
                 shape = (*batch, *[count] * dims)
-                held = gram.new_full(shape, start.get(name, 0.0), dtype=torch.float64)
+                start = self.starts().get(name, 0.0)
+                held = gram.new_full(shape, start, dtype=torch.float64)
             self._state[name] = held.to(gram.device, non_blocking=True)
         return self._state
 
     def _move(self, valid: Tensor, **values: Tensor) -> None:
-        """Take new values where `valid` [...]; a step that is not finite moves nothing."""
+        """Take new values where `valid`, [...] or [..., T]: what is not finite moves nothing."""
         for name, value in values.items():
             held = self._state[name]
             mask = valid.reshape(valid.shape + (1,) * (held.dim() - valid.dim()))
@@ -97,6 +130,57 @@ class RunningMethod(Method):
                 self._state[name] = value
         for name in self._state.keys() - before.keys():
             del self._state[name]
+
+
+def there_of(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tasks have a value, [..., T], and whether the weights can be known, [..., 1].
+
+    A loss that is NaN, as a mean over no samples is, says nothing about the other tasks: its own
+    state rests, and the others are weighed without it. If its gradient is NaN as well, the combined
+    one is, whatever its weight. An infinite loss is an overflow: nothing moves, and no weight is
+    finite.
+    """
+    there = ~losses.isnan()
+    valid = there.any(-1, keepdim=True) & ~losses.isinf().any(-1, keepdim=True)
+    return there, valid
+
+
+def softmax_of(logits: Tensor, there: Tensor, valid: Tensor) -> Tensor:
+    """Softmax over the tasks that are there, 0 for the others; NaN where it cannot be known."""
+    weights = torch.where(there, logits, -torch.inf).softmax(-1)
+    return torch.where(valid, weights, torch.nan)
+
+
+def extended(state: Tensor, dims: int, total: int, start: float) -> Tensor:
+    """The state with room for new tasks, which begin at `start`; a tensor of its own."""
+    if not dims or state.shape[-1] == total:
+        return state.clone()
+    shape = state.shape[: state.dim() - dims] + (total,) * dims
+    grown = state.new_full(shape, start)
+    part = grown
+    for dim in range(state.dim() - dims, state.dim()):
+        part = part.narrow(dim, 0, state.shape[dim])
+    part.copy_(state)
+    return grown
+
+
+def narrowed(state: Tensor, dims: int, present: Sequence[int]) -> Tensor:
+    """The part that belongs to some tasks, copied."""
+    index = torch.tensor(present, device="cpu").to(state.device, non_blocking=True)
+    for dim in range(state.dim() - dims, state.dim()):
+        state = state.index_select(dim, index)
+    return state
+
+
+def put_back(state: Tensor, part: Tensor, dims: int, present: Sequence[int]) -> None:
+    """Undo `narrowed`, in place."""
+    index = torch.tensor(present, device="cpu").to(state.device, non_blocking=True)
+    if dims == 0:
+        state.copy_(part)
+    elif dims == 1:
+        state[..., index] = part.to(state.device, non_blocking=True)
+    else:
+        state[..., index[:, None], index] = part.to(state.device, non_blocking=True)
 
 
 class Adam:

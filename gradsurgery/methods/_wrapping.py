@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +33,13 @@ class Wrapping(Method):
         fields = {k: v for k, v in vars(self).items() if k not in hidden and k[0] != "_"}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
 
-    def check(self, shape: torch.Size) -> None:
-        self.method.check(shape)
+    def check(self, shape: torch.Size, *, grow: bool = False) -> None:
+        self.method.check(shape, grow=grow)
+
+    @contextmanager
+    def only(self, present: Sequence[int], total: int) -> Iterator[None]:
+        with self.method.only(present, total):
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         return {_INNER + name: value for name, value in self.method.state_dict().items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gradsurgery.methods._base import Method, check_number
 
-__all__ = ["Constant", "check_numbers", "on_device"]
+__all__ = ["Constant", "check_numbers", "on_device", "picked"]
 
 
 def check_numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -26,6 +27,11 @@ def check_numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...
     if not given or not all(map(math.isfinite, given)):
         raise ValueError(f"{name} must be finite, one for each task; got {given!r}")
     return given
+
+
+def picked(values: tuple[float, ...] | None, present: Sequence[int]) -> tuple[float, ...] | None:
+    """Those of the tasks that are there."""
+    return None if values is None else tuple(values[i] for i in present)
 
 
 def on_device(
@@ -71,7 +77,16 @@ class Constant(Method):
     def __repr__(self) -> str:
         return f"Constant(weights={self.weights_!r})"
 
-    def check(self, shape: torch.Size) -> None:
+    @contextmanager
+    def only(self, present: Sequence[int], total: int) -> Iterator[None]:
+        whole = self.weights_
+        self.weights_ = picked(whole, present)
+        try:
+            yield
+        finally:
+            self.weights_ = whole
+
+    def check(self, shape: torch.Size, *, grow: bool = False) -> None:
         if self.weights_ is not None and shape[-1] != len(self.weights_):
             raise ValueError(f"Constant has {len(self.weights_)} weights for {shape[-1]} tasks")
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import Method, check_number
+from gradsurgery.methods._running import extended, narrowed, put_back, there_of
 from gradsurgery.methods._wrapping import Wrapping
 
 __all__ = ["CRMOGM"]
@@ -53,9 +57,29 @@ class CRMOGM(Wrapping):
         self.one_backward = self.method.one_backward
         self._average: Tensor | None = None
 
-    def check(self, shape: torch.Size) -> None:
-        super().check(shape)
-        if self._average is not None and self._average.shape != shape:
+    @contextmanager
+    def only(self, present: Sequence[int], total: int) -> Iterator[None]:
+        held = self._average
+        whole = None if held is None else extended(held, 1, total, math.nan)
+        self._average = None if whole is None else narrowed(whole, 1, present)
+        try:
+            with super().only(present, total):
+                yield
+            if whole is None and self._average is not None:
+                shape = (*self._average.shape[:-1], total)
+                whole = self._average.new_full(shape, math.nan)
+            if whole is not None and self._average is not None:
+                put_back(whole, self._average, 1, present)
+            self._average = whole
+        except BaseException:
+            self._average = held
+            raise
+
+    def check(self, shape: torch.Size, *, grow: bool = False) -> None:
+        super().check(shape, grow=grow)
+        known = None if self._average is None else self._average.shape
+        more = grow and known is not None and known[:-1] == shape[:-1] and known < shape
+        if self._average is not None and known != shape and not more:
             raise ValueError(
                 f"CRMOGM keeps running weights: it has seen tasks of shape "
                 f"{list(self._average.shape)} and now gets {list(shape)}; use a new CRMOGM() where "
@@ -74,11 +98,12 @@ class CRMOGM(Wrapping):
             self._average = torch.full_like(new, torch.nan)
         average = self._average = self._average.to(new.device, non_blocking=True)
         mixed = torch.where(average.isnan(), new, average * self.alpha + (1 - self.alpha) * new)
-        # Weights that are not finite stay so, and leave no trace.
+        # Weights that are not finite stay so, and leave no trace. Nor does a loss that is not, also
+        # where the other method does not read it: see `Rescaled`.
         valid = new.isfinite().all(-1, keepdim=True)
         if losses is not None:
-            # Also where the other method does not read them: see `Rescaled`.
-            valid = valid & losses.isfinite().all(-1, keepdim=True)
+            there, known = there_of(losses)
+            valid = valid & known & there
         average.copy_(torch.where(valid, mixed, average))
         return mixed
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import check_number
-from gradsurgery.methods._running import RunningMethod
+from gradsurgery.methods._running import RunningMethod, softmax_of, there_of
 
 __all__ = ["DWA"]
 
@@ -44,6 +45,7 @@ class DWA(RunningMethod):
     reads_losses = True
     one_backward = True
     _fields: ClassVar[dict[str, int]] = {"total": 1, "calls": 1, "last": 1, "earlier": 1}
+    _start: ClassVar[dict[str, float]] = {"last": math.nan, "earlier": math.nan}
 
     def __init__(self, temperature: float = 2.0, period: int = 100) -> None:
         super().__init__()
@@ -64,19 +66,20 @@ class DWA(RunningMethod):
         resolution: float,
     ) -> Tensor:
         assert losses is not None
-        state = self._begin(gram, last=torch.nan, earlier=torch.nan)
-        finite = losses.isfinite().all(-1)
+        state = self._begin(gram)
+        there, valid = there_of(losses)
         ratio = state["last"] / state["earlier"]
         # A mean loss of 0 has no relative change.
         ratio = torch.where(ratio.isfinite(), ratio, 1.0)
-        weights = gram.shape[-1] * (ratio / self.temperature).softmax(-1)
+        count = there.sum(-1, keepdim=True)
+        weights = count * softmax_of(ratio / self.temperature, there, valid)
         total, calls = state["total"] + losses, state["calls"] + 1
         over = calls >= self.period
         self._move(
-            finite,
+            there & valid,
             earlier=torch.where(over, state["last"], state["earlier"]),
             last=torch.where(over, total / calls, state["last"]),
             total=torch.where(over, 0.0, total),
             calls=torch.where(over, 0.0, calls),
         )
-        return torch.where(finite[..., None], weights, torch.nan)
+        return weights

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import check_number
-from gradsurgery.methods._running import Adam, RunningMethod
+from gradsurgery.methods._running import Adam, RunningMethod, softmax_of, there_of
 
 __all__ = ["FAMO"]
 
@@ -52,6 +52,7 @@ class FAMO(RunningMethod):
     reads_losses = True
     one_backward = True
     _fields: ClassVar[dict[str, int]] = {"logits": 1, "before": 1, **Adam.fields}
+    _start: ClassVar[dict[str, float]] = {"before": math.nan}
 
     def __init__(self, lr: float = 0.025, gamma: float = 1e-3) -> None:
         super().__init__()
@@ -88,11 +89,13 @@ class FAMO(RunningMethod):
 
     def _follow(self, logs: Tensor) -> None:
         state = self._state
-        z = state["logits"].softmax(-1)
         fall = state["before"] - logs
+        known = fall.isfinite()
+        z = softmax_of(state["logits"], known, known.any(-1, keepdim=True))
+        fall = torch.where(known, fall, 0.0)
         gradient = z * (fall - (z * fall).sum(-1, keepdim=True))
         logits, adam = Adam.step(state, state["logits"], gradient, self.lr, self.gamma)
-        self._move(fall.isfinite().all(-1), logits=logits, **adam)
+        self._move(known, logits=logits, **adam)
 
     def _solve(
         self,
@@ -102,14 +105,16 @@ class FAMO(RunningMethod):
         resolution: float,
     ) -> Tensor:
         assert losses is not None
-        state = self._begin(gram, before=torch.nan)
+        state = self._begin(gram)
         logs = _logs(losses)
-        finite = logs.isfinite().all(-1)
+        there, valid = there_of(losses)
+        # Also a negative loss, which has no logarithm, is a mistake that must show.
+        valid = valid & ~(there & logs.isnan()).any(-1, keepdim=True)
+        logs = torch.where(valid, logs, torch.nan)
         self._follow(logs)
-        self._move(finite, before=logs)
+        self._move(logs.isfinite(), before=logs)
         # (z / ℓ) / Σ (z / ℓ), in logarithms.
-        weights = (state["logits"].log_softmax(-1) - logs).softmax(-1)
-        return torch.where(finite[..., None], weights, torch.nan)
+        return softmax_of(state["logits"].log_softmax(-1) - logs, there, valid)
 
 
 def _logs(losses: Tensor) -> Tensor:

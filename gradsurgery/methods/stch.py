@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import Method, check_number
-from gradsurgery.methods.constant import check_numbers, on_device
+from gradsurgery.methods._running import softmax_of, there_of
+from gradsurgery.methods.constant import check_numbers, on_device, picked
 
 __all__ = ["STCH"]
 
@@ -62,7 +64,16 @@ class STCH(Method):
         if self.preferences is not None and not all(value > 0 for value in self.preferences):
             raise ValueError(f"preferences must be positive; got {self.preferences!r}")
 
-    def check(self, shape: torch.Size) -> None:
+    @contextmanager
+    def only(self, present: Sequence[int], total: int) -> Iterator[None]:
+        whole = self.preferences, self.ideal
+        self.preferences, self.ideal = (picked(values, present) for values in whole)
+        try:
+            yield
+        finally:
+            self.preferences, self.ideal = whole
+
+    def check(self, shape: torch.Size, *, grow: bool = False) -> None:
         for name, values in (("preferences", self.preferences), ("ideal", self.ideal)):
             if values is not None and len(values) != shape[-1]:
                 raise ValueError(f"STCH has {len(values)} {name} for {shape[-1]} tasks")
@@ -75,12 +86,12 @@ class STCH(Method):
         resolution: float,
     ) -> Tensor:
         assert losses is not None
-        finite = losses.isfinite().all(-1, keepdim=True)
+        there, valid = there_of(losses)
         if self.ideal is not None:
             losses = losses - on_device(self._copies, self.ideal, losses.device)
         if self.preferences is None:
-            weights = (losses / self.mu).softmax(-1)
+            weights = softmax_of(losses / self.mu, there, valid)
         else:
             preferences = on_device(self._copies, self.preferences, losses.device)
-            weights = preferences * (preferences * losses / self.mu).softmax(-1)
-        return torch.where(finite, weights, torch.nan)
+            weights = preferences * softmax_of(preferences * losses / self.mu, there, valid)
+        return weights

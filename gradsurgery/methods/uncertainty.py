@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import check_number
-from gradsurgery.methods._running import Adam, RunningMethod
+from gradsurgery.methods._running import Adam, RunningMethod, there_of
 
 __all__ = ["Uncertainty"]
 
@@ -59,6 +59,9 @@ class Uncertainty(RunningMethod):
             raise ValueError(f"lr must be at least 0; got {lr!r}")
         self.lr, self.start = lr, start
 
+    def starts(self) -> dict[str, float]:
+        return {"log_variance": self.start}
+
     def _solve(
         self,
         gram: Tensor,
@@ -67,9 +70,9 @@ class Uncertainty(RunningMethod):
         resolution: float,
     ) -> Tensor:
         assert losses is not None
-        state = self._begin(gram, log_variance=self.start)
-        finite = losses.isfinite().all(-1)
+        state = self._begin(gram)
+        there, valid = there_of(losses)
         precision = (-state["log_variance"]).exp()
         moved, adam = Adam.step(state, state["log_variance"], (1 - precision * losses) / 2, self.lr)
-        self._move(finite, log_variance=moved, **adam)
-        return torch.where(finite[..., None], precision / 2, torch.nan)
+        self._move(there & valid, log_variance=moved, **adam)
+        return torch.where(valid, precision / 2, torch.nan)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +18,28 @@ from gradsurgery.report import SurgeryReport
 from gradsurgery.weights.partition import Partition
 from gradsurgery.weights.preconditioner import check_metric, root_preconditioner
 
-__all__ = ["Rows", "Solver"]
+__all__ = ["Rows", "Solver", "TaskNames"]
+
+
+@dataclass(frozen=True)
+class TaskNames:
+    """The tasks that have been seen, in the order in which the method's running state has them."""
+
+    names: tuple[str, ...] = ()
+    named: bool = False
+    """Whether losses came as a mapping; else a task is known by its place."""
+
+    def with_tasks(self, names: Sequence[str], *, named: bool) -> TaskNames:
+        """With those of another call. Names that are new come last; places are counted anew."""
+        if not named:
+            return TaskNames(tuple(names), named=False)
+        known = self.names if self.named else ()
+        return TaskNames((*known, *(name for name in names if name not in known)), named=True)
+
+    def places(self, names: Sequence[str]) -> list[int]:
+        """Where some of them stand among all."""
+        place = {name: number for number, name in enumerate(self.names)}
+        return [place[name] for name in names]
 
 
 class Rows(Protocol):
@@ -62,6 +85,7 @@ class Solver:
         self.method = method
         self.generator = torch.Generator().manual_seed(seed)
         self.partition = Partition(options, optimizer)
+        self.tasks = TaskNames()
         self._optimizer, self._metric = optimizer, options.metric
 
     @property
@@ -69,13 +93,27 @@ class Solver:
         """Whether the method needs no gradients, so that one backward pass does."""
         return self.method.one_backward
 
-    def check(self, tasks: int, trainable: Sequence[Tensor], held: Sequence[Tensor]) -> None:
-        """Raise ValueError where the method's running state does not fit so many tasks."""
-        if tasks == 1:
+    def check(
+        self,
+        tasks: TaskNames,
+        names: tuple[str, ...],
+        trainable: Sequence[Tensor],
+        held: Sequence[Tensor],
+    ) -> None:
+        """Raise ValueError where the method's running state does not fit these tasks.
+
+        Args:
+            tasks: all, as they are to be known from now on.
+            names: those that are there.
+            trainable: the optimizer's parameters that require grad.
+            held: parameters that have rows.
+        """
+        if len(names) == 1:
             # Nothing is to be weighed: the method and its state are not asked.
             return
         parts = () if self.knows_weights else self.partition.parts(trainable, held).names
-        self.method.check(torch.Size([len(parts), tasks] if parts else [tasks]))
+        total = len(tasks.names)
+        self.method.check(torch.Size([len(parts), total] if parts else [total]), grow=tasks.named)
 
     def solve(
         self,
@@ -108,22 +146,30 @@ class Solver:
             gram, resolution = rows.grams(operated, of, len(parts), device, roots)
             if self.partition.whole:
                 gram = gram[0]
-        weights = self.weights(gram, values, resolution)
+        weights = self.weights(names, gram, values, resolution)
         return SurgeryReport(names, gram, weights, parts.names)
 
-    def weights(self, gram: Tensor, values: Tensor | None, resolution: float) -> Tensor:
-        """The method's answer to M."""
-        return self.method.weights(
-            gram, losses=values, generator=self.generator, resolution=resolution
-        )
+    def weights(
+        self,
+        names: tuple[str, ...],
+        gram: Tensor,
+        values: Tensor | None,
+        resolution: float | None,
+    ) -> Tensor:
+        """The method's answer to M; what it keeps of tasks that are not there rests."""
+        present, total = self.tasks.places(names), len(self.tasks.names)
+        some = self.method.only(present, total) if len(present) < total else nullcontext()
+        with some:
+            return self.method.weights(
+                gram, losses=values, generator=self.generator, resolution=resolution
+            )
 
     def ask(
         self, names: tuple[str, ...], device: torch.device, values: Tensor | None
     ) -> SurgeryReport:
         """The weights of a method that needs no gradients; the Gram matrix is NaN, not measured."""
         gram = torch.full((len(names), len(names)), torch.nan, dtype=torch.float64, device=device)
-        weights = self.method.weights(gram, losses=values, generator=self.generator)
-        return SurgeryReport(names, gram, weights)
+        return SurgeryReport(names, gram, self.weights(names, gram, values, None))
 
     def combine(
         self, rows: Rows, operated: list[bool], trainable: Sequence[Tensor], weights: Tensor

@@ -11,6 +11,7 @@ from gradsurgery import AdaptiveGradientSurgery
 from gradsurgery.backward.selection import Plan
 from gradsurgery.backward.tasks import trainable
 from gradsurgery.gradients.storage import TaskGradients
+from gradsurgery.weights.solver import TaskNames
 
 __all__ = ["arrange", "operate", "rows_of"]
 
@@ -35,6 +36,7 @@ def operate(optimizer: AdaptiveGradientSurgery, tasks: int, device: torch.device
     plan = Plan(targets, [(1 << tasks) - 1] * len(targets), [])
     operated = plan.operated(surgery.options.scope)
     names = tuple(map(str, range(tasks)))
+    solver.tasks = TaskNames(names)
     if solver.knows_weights:
         report = solver.ask(names, device, None)
     else:

@@ -96,7 +96,11 @@ BAD_LOSSES: dict[str, tuple[Callable[[Net], Any], type[Exception], list[str]]] =
         TypeError,
         [r"losses\['odd'\]", "tensor", "float", "1.5"],
     ),
-    "None": (with_odd(lambda m, loss: None), TypeError, [r"losses\['odd'\]", "NoneType"]),
+    "nothing but None": (
+        lambda m: dict.fromkeys(m.losses(batch(5))),
+        ValueError,
+        ["losses", "None for every task"],
+    ),
     "nested list": (
         lambda m: [*values(m)[:2], values(m)[2:]],
         TypeError,
@@ -208,9 +212,9 @@ def test_wrong_losses(name: str, accumulate: bool, waiting: bool) -> None:
 
 
 @pytest.mark.parametrize("method", MEASURING)
-@pytest.mark.parametrize("counts", [(2, 3), (3, 2), (2, 1), (1, 2)])
-def test_tasks_must_not_change_between_micro_batches(method: str, counts: tuple[int, int]) -> None:
-    """Another number of tasks than the micro-batches that wait, also where one of them is one."""
+@pytest.mark.parametrize("counts", [(2, 3), (1, 2)])
+def test_no_task_may_come_between_micro_batches(method: str, counts: tuple[int, int]) -> None:
+    """More tasks than the micro-batches that wait, also where those have one."""
     model, optimizer = pair(Case("SGD", (), method))
     first, second = (dict(list(model.losses(batch(0)).items())[:count]) for count in counts)
     optimizer.backward(first, accumulate=True)

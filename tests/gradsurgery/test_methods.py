@@ -195,7 +195,7 @@ class TestRoster:
         ask(method, gram_of(3, 0))
         before = method.state_dict()
         bad, losses = gram_of(3, 1), losses_of(3)
-        bad[0, 0], losses[0] = torch.nan, torch.nan
+        bad[0, 0], losses[0] = torch.nan, torch.inf
         weights = method.weights(bad, losses=losses, generator=seeded())
         if method.reads_gram or method.reads_losses:
             assert not weights.isfinite().all()

@@ -199,7 +199,7 @@ def test_famo_on_losses_that_are_not_positive() -> None:
     method = FAMO()
     ask(method, losses_of(2))
     before = method.state_dict()
-    for bad in ([-1e-3, 1.0], [-INF, 1.0], [INF, 1.0], [NAN, 1.0]):
+    for bad in ([-1e-3, 1.0], [-INF, 1.0], [INF, 1.0], [NAN, NAN], [NAN, -1.0]):
         assert ask(method, torch.tensor(bad)).isnan().all()
         assert method.state_dict() == before
     # A task that is done asks for all the weight, but the weights are finite.
@@ -218,10 +218,11 @@ def test_famo_update_refuses_and_forgets() -> None:
     method.update(torch.tensor([NAN, 1.0]))
     method.update(torch.ones(2))
     ask(method, losses_of(2, 1))
-    # The first was not finite, the second and the call had nothing to compare with.
-    assert method.state_dict()["steps"] == "[0.0, 0.0]"
+    # Of the first task the first was no number; after it, the second and the call had nothing to
+    # compare with.
+    assert method.state_dict()["steps"] == "[0.0, 1.0]"
     ask(method, losses_of(2, 2))
-    assert method.state_dict()["steps"] == "[1.0, 1.0]"
+    assert method.state_dict()["steps"] == "[1.0, 2.0]"
 
 
 # ------------------------------------------------------- uncertainty, DWA, STCH
@@ -273,7 +274,7 @@ def test_dwa_is_another_librarys(period: int, temperature: float) -> None:
         assert float(wanted.sum()) == pytest.approx(3)
         if step % period == period - 1:
             theirs.step()
-        assert ask(ours, torch.tensor([1.0, NAN, 1.0])).isnan().all()
+        assert ask(ours, torch.tensor([1.0, INF, 1.0])).isnan().all()
 
 
 def test_dwa_by_hand() -> None:
@@ -331,11 +332,12 @@ def test_stch_goes_from_the_worst_task_to_all_alike() -> None:
     close(ask(STCH(mu=1e9), losses), [1 / 3] * 3, rtol=1e-8)
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("bad", [INF, -INF])
 def test_stch_passes_on_what_is_not_finite(bad: float) -> None:
     """Also -inf, of which a softmax makes 0."""
     for method in (STCH(), STCH(1.0, [1.0, 2.0], [0.0, 0.0])):
         assert ask(method, torch.tensor([bad, 1.0])).isnan().all()
+        assert ask(method, torch.tensor([NAN, NAN])).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -549,10 +551,36 @@ def test_what_is_not_finite_is_passed_on_and_forgotten(name: str, bad: float) ->
         weights = method.weights(broken_gram, losses=losses, generator=seeded())
         assert not weights.isfinite().all()
         assert method.state_dict() == before
-    if method.reads_losses:
+    if method.reads_losses and not math.isnan(bad):
         weights = method.weights(gram, losses=broken_losses, generator=seeded())
         assert not weights.isfinite().all()
         assert method.state_dict() == before
+
+
+@pytest.mark.parametrize("name", [name for name, make in EVERY.items() if make().reads_losses])
+def test_a_loss_that_is_nan_counts_as_absent(name: str) -> None:
+    """A mean over no samples: the others are weighed without it, and its state rests.
+
+    A parameter of every method that reads losses: the others' weights are those of a call in which
+    the task is left out by `only`.
+    """
+    method, left_out = EVERY[name](), EVERY[name]()
+    for each in (method, left_out):
+        run(each, range(3))
+    losses = losses_of(3, 7)
+    losses[1] = NAN
+    gram = gram_of(3)
+    found = method.weights(gram, losses=losses, generator=seeded())
+    with left_out.only([0, 2], 3):
+        wanted = left_out.weights(
+            gram[[0, 2]][:, [0, 2]], losses=losses[[0, 2]], generator=seeded()
+        )
+    assert found.isfinite().all()
+    if not method.reads_gram and "around" not in name and "rescaled" not in name:
+        close(found[[0, 2]], wanted)
+        for one, other in zip(tensors_of(method), tensors_of(left_out), strict=True):
+            # What has not been seen yet is NaN.
+            torch.testing.assert_close(one, other, equal_nan=True)
 
 
 @every
