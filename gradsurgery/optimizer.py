@@ -109,6 +109,7 @@ class AdaptiveGradientSurgery(Optimizer):
         retain_graph: bool | None = None,
         features: Any = None,
         inputs: Sequence[Tensor] | None = None,
+        create_graph: bool = False,
     ) -> None:
         """One backward pass per loss, surgery, and the combined gradient in p.grad.
 
@@ -133,6 +134,7 @@ class AdaptiveGradientSurgery(Optimizer):
                 micro-batches, parts of the model or metric="optimizer".
             inputs: as in `Tensor.backward`, the only leaves that get a gradient. None: all that the
                 losses reach.
+            create_graph: not supported; here so that asking for it says why.
 
         Raises:
             TypeError, ValueError: wrong losses, features or sparse gradients, before anything is
@@ -140,6 +142,11 @@ class AdaptiveGradientSurgery(Optimizer):
             RuntimeError: from autograd; everything is then as before the call, but that
                 micro-batches are dropped (with one loss: what `loss.backward()` leaves).
         """
+        if create_graph:
+            raise ValueError(
+                "create_graph=True is not supported: gradients are written into flat rows, which "
+                "carry no graph"
+            )
         self._surgery.backward(Request(losses, accumulate, bool(retain_graph), features, inputs))
 
     @property
@@ -170,7 +177,17 @@ class AdaptiveGradientSurgery(Optimizer):
                     f"{before} must return None or a tuple of (new_args, new_kwargs); got {changed}"
                 )
             args, kwargs = changed
-        result = self._base.step(*args[1:], **kwargs)
+        try:
+            result = self._base.step(*args[1:], **kwargs)
+        except RuntimeError as error:
+            if "does not require grad and does not have a grad_fn" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{type(self._base).__name__} differentiates p.grad once more, which needs "
+                "backward(create_graph=True); the rows that surgery works on carry no graph, so it "
+                "cannot be wrapped"
+            ) from error
+        self._surgery.stepped()
         for after in self._optimizer_step_post_hooks.values():
             after(self, args, kwargs)
         return result
@@ -192,7 +209,13 @@ class AdaptiveGradientSurgery(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state: dict[str, Any] = self._base.state_dict()
-        state["param_groups"][0][_STATE_KEY] = self._surgery.state_dict()
+        own = self._surgery.state_dict()
+        if state.get("param_groups"):
+            state["param_groups"][0][_STATE_KEY] = own
+        else:
+            # A wrapper around another optimizer (Lookahead, schedule-free ones) has a form of its
+            # own, to which one more entry is added.
+            state = {**state, _STATE_KEY: own}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
             state = state if changed is None else changed
@@ -208,11 +231,14 @@ class AdaptiveGradientSurgery(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        own = [group.pop(_STATE_KEY, None) for group in groups]
-        self._surgery.check_state_dict(own[0] if own else None)
-        self._base.load_state_dict({**state_dict, "param_groups": groups})
-        self._surgery.load_state_dict(own[0] if own else None)
+        own = state_dict.pop(_STATE_KEY, None)
+        if "param_groups" in state_dict:
+            groups = [dict(group) for group in state_dict["param_groups"]]
+            found = [group.pop(_STATE_KEY, None) for group in groups]
+            state_dict["param_groups"], own = groups, found[0] if found else own
+        self._surgery.check_state_dict(own)
+        self._base.load_state_dict(state_dict)
+        self._surgery.load_state_dict(own)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -11,7 +11,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 __all__ = ["GraphSurvey", "survey"]
 
-_ACCUMULATE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+# Whatever modes the import runs in: under inference_mode no tensor has a graph.
+with torch.inference_mode(mode=False), torch.enable_grad():
+    _ACCUMULATE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 # Nodes that hand a sparse gradient straight to a leaf, and the attribute that says whether.
 _SPARSE_FLAGS = {
     "EmbeddingBackward0": "_saved_sparse",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Protocol
 
 import torch
@@ -132,6 +134,9 @@ class Outcome:
     waiting: MicroBatches | None
     reached: bool
     """Whether any parameter got a gradient."""
+    arrived: int
+    """The tasks of which a gradient has arrived, bit t for task t; -1 where they were not told
+    apart."""
     operated: list[bool]
     """For each parameter with rows whether it was under surgery; empty without rows."""
 
@@ -167,7 +172,7 @@ class SingleTask:
         one = torch.ones(1, dtype=torch.float64, device=tasks.device)
         report = SurgeryReport(call.names, torch.full_like(one, torch.nan)[:, None], one)
         after = call.waits(in_rows=plan is not None, weights=None, reach=reach)
-        return Outcome(report, after if accumulate else None, reached=True, operated=[])
+        return Outcome(report, after if accumulate else None, True, -1, [])
 
 
 class PerTask:
@@ -206,7 +211,8 @@ class PerTask:
         if tasks.request.accumulate:
             weights = report.weights if report is not None else call.weights
             after = call.waits(in_rows=True, weights=weights, reach=source.last_reach)
-        return Outcome(report, after, shown or any(plan.reached), operated)
+        arrived = reduce(or_, plan.reached, 0) | reduce(or_, tasks.reach.values(), 0)
+        return Outcome(report, after, shown or any(plan.reached), arrived, operated)
 
 
 class Weighted:
@@ -234,7 +240,7 @@ class Weighted:
         after = None
         if tasks.request.accumulate:
             after = call.waits(in_rows=False, weights=weights, reach=plan.reach())
-        return Outcome(report, after, shown or any(plan.reached) or bool(tasks.opaque), [])
+        return Outcome(report, after, shown or any(plan.reached) or bool(tasks.opaque), -1, [])
 
 
 class AtFeatures:
@@ -270,7 +276,7 @@ class AtFeatures:
             return SurgeryReport(call.names, gram, weights)
 
         report = Transaction(plan.leaves, solver).run(body)
-        return Outcome(report, None, any(plan.reached), [])
+        return Outcome(report, None, any(plan.reached), -1, [])
 
 
 def choose_route(call: Call) -> Route:

@@ -27,6 +27,8 @@ from gradsurgery.weights.solver import Solver, TaskNames
 __all__ = ["Surgery"]
 
 _STATE_VERSION = 4
+# Tools that restore checkpoints make one step without gradients of their own.
+_STEPS_WITHOUT = 3
 
 
 class Surgery:
@@ -61,7 +63,9 @@ class Surgery:
         if process_group is not None:
             self._source = Replicated(optimizer, self.solver, options, process_group)
         self._grouped = process_group is not None
-        self._looked = self._warned = False
+        self._looked = self._called = False
+        self._steps = 0
+        self._warned: set[str] = set()
 
     @property
     def method(self) -> Method:
@@ -159,6 +163,7 @@ class Surgery:
     @torch.no_grad()
     def backward(self, request: Request) -> None:
         """See `AdaptiveGradientSurgery.backward`."""
+        self._called = True
         parameters = trainable(self.optimizer)
         self._refuse_features(request)
         source, waiting = self._source_of(parameters), self.waiting
@@ -189,11 +194,47 @@ class Surgery:
             self.schedule.solved(call.names, weights)
         elif len(call.names) > 1:
             self.schedule.reused()
-        if not outcome.reached and not self._warned:
-            self._warned = True
-            warn_user(
+        self._warn_of_nothing(call, outcome)
+
+    def _warn_of_nothing(self, call: Call, outcome: Outcome) -> None:
+        """Say once what looks like a mistake: surgery that cannot do anything."""
+        if not outcome.reached:
+            self._warn(
                 "the losses reach none of the parameters that this optimizer holds, so they get no "
                 "gradient (are they those of a copy of the model?)"
+            )
+            return
+        if outcome.arrived < 0 or outcome.waiting is not None:
+            return
+        away = [name for t, name in enumerate(call.names) if not outcome.arrived >> t & 1]
+        if away:
+            self._warn(
+                f"the loss of {', '.join(map(repr, away))} reaches none of the parameters that "
+                "this optimizer holds (does it depend on frozen or on another optimizer's ones?)"
+            )
+        elif not any(outcome.operated):
+            self._warn(
+                "no parameter of this optimizer is reached by two of the tasks, so there is "
+                "nothing to operate on and each keeps its plain gradient (is the shared trunk "
+                "frozen, or in another optimizer? scope='all' operates on heads too)"
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn_user(message)
+
+    def stepped(self) -> None:
+        """A step of the wrapped optimizer is over: warn once where `backward` is never called."""
+        self._steps += 1
+        if self._steps != _STEPS_WITHOUT or self._called:
+            return
+        if any(p.grad is not None for p in trainable(self.optimizer)):
+            self._warn(
+                f"{_STEPS_WITHOUT} steps have been made and backward(losses) of this optimizer "
+                "was never called: the gradients are plain ones. Write optimizer.backward([loss_a, "
+                "loss_b]) where loss.backward() stands (in Lightning, automatic_optimization = "
+                "False)"
             )
 
     def _source_of(self, parameters: list[Tensor]) -> Source:

@@ -2,8 +2,8 @@
 
 A step has up to three versions of one name: plain torch ops, which run everywhere, batched and
 without waiting for the device (`@step`, here or beside the method); C for the CPU
-(`csrc/*.c`, gradsurgery_NAME); Triton for CUDA (`triton_tasks.NAME`). The last two give NaN for a
-Gram matrix that is not finite, and leave running state as it is, themselves.
+(`csrc/*.c`, gradsurgery_step_NAME); Triton for CUDA (`triton_tasks.STEPS`). The last two give NaN
+for a Gram matrix that is not finite, and leave running state as it is, themselves.
 """
 
 from __future__ import annotations
@@ -26,9 +26,19 @@ _MOST_TASKS = 64
 
 
 def step(name: str) -> Callable[[_Plain], _Plain]:
-    """Register the plain version of a step: (gram, *tensors, *numbers) -> weights."""
+    """Register the plain version of a step: (gram, *tensors, *numbers) -> weights.
+
+    Raises:
+        ValueError: another step has this name.
+    """
 
     def register(function: _Plain) -> _Plain:
+        known = _plain.setdefault(name, function)
+        if known.__qualname__ != function.__qualname__ or known.__module__ != function.__module__:
+            raise ValueError(
+                f"step {name!r} is {known.__module__}.{known.__qualname__} already; give "
+                f"{function.__module__}.{function.__qualname__} another name"
+            )
         _plain[name] = function
         return function
 
@@ -124,17 +134,18 @@ def _triton(name: str, gram: Tensor) -> Callable[..., Any] | None:
         return None
     from gradsurgery.kernels import triton_tasks
 
-    found: Callable[..., Any] | None = getattr(triton_tasks, name, None)
+    steps: dict[str, Callable[..., Any]] = triton_tasks.STEPS
+    found = steps.get(name)
     return found
 
 
 def _runs_native(name: str, gram: Tensor) -> bool:
     here = gram.device.type == "cpu" and gram.shape[-1] <= _MOST_TASKS
-    return here and native.function(f"gradsurgery_{name}") is not None
+    return here and native.function(f"gradsurgery_step_{name}") is not None
 
 
 def _native(name: str, gram: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
-    function = native.function(f"gradsurgery_{name}")
+    function = native.function(f"gradsurgery_step_{name}")
     assert function is not None
     gram = gram.contiguous()
     count = gram.shape[-1]

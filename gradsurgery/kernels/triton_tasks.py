@@ -17,7 +17,7 @@ from torch import Tensor
 from gradsurgery.kernels.triton_linear import load_gram, product
 from gradsurgery.kernels.triton_rows import launch
 
-__all__ = ["ags", "draw_orders", "per_matrix", "project", "rescale", "vaccinate"]
+__all__ = ["STEPS", "draw_orders", "per_matrix"]
 
 # How often each device's captured graphs have been replayed: the seed is frozen into a graph.
 _replays: dict[torch.device, Tensor] = {}
@@ -225,3 +225,7 @@ def per_matrix(kernel: Any, gram: Tensor, *tensors: Tensor, **constants: Any) ->
 def _sizes(count: int) -> dict[str, int]:
     padded = triton.next_power_of_2(count)
     return {"T": count, "P": padded, "num_warps": max(min(padded * padded // 256, 8), 1)}
+
+
+STEPS = {"ags": ags, "project": project, "rescale": rescale, "vaccinate": vaccinate}
+"""The steps of `tasks` that have a Triton version."""

@@ -43,11 +43,11 @@ static inline double dot(const double *a, const double *b, long count)
     return sum;
 }
 
-/* int gradsurgery_NAME(gram, extra, strides in bytes, how many, numbers, weights, batch, count,
+/* int gradsurgery_step_NAME(gram, extra, strides in bytes, how many, numbers, weights, batch, count,
    threads): 0, or 1 where memory ran out. A matrix that is not finite gives NaN weights, and what
    `extra` holds for it stays as it is. */
 #define SOLVER(NAME, SCRATCH)                                                                      \
-    int gradsurgery_##NAME(const double *gram, void **extra, const long *strides, long extras,     \
+    int gradsurgery_step_##NAME(const double *gram, void **extra, const long *strides, long extras,     \
                            const double *numbers, double *weights, long batch, long count,         \
                            int threads)                                                            \
     {                                                                                              \
