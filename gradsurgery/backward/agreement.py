@@ -15,7 +15,7 @@ from gradsurgery.backward.graph import GraphSurvey, survey
 from gradsurgery.backward.losses import read_losses
 from gradsurgery.backward.tasks import MicroBatches, Request, Settings, Tasks, leave_out
 from gradsurgery.distributed.group import Group, fingerprint
-from gradsurgery.distributed.wrappers import look_for_wrappers
+from gradsurgery.distributed.wrappers import refuse_flat_parameters
 from gradsurgery.gradients.layout import name_of
 from gradsurgery.gradients.scattered import ScatteredRows
 from gradsurgery.weights.solver import Solver
@@ -66,8 +66,7 @@ class Agreement:
         known = self._solver.tasks
         tasks = Tasks(known, (), [], graph, dict.fromkeys(ids, 0), 0, request)
         try:
-            if is_new:
-                look_for_wrappers(parameters, grouped=True)
+            refuse_flat_parameters(parameters)
             self._read_here(tasks, parameters, waiting, held)
         except Exception as error:
             failure = error

@@ -14,6 +14,7 @@ from gradsurgery.backward.graph import GraphSurvey
 from gradsurgery.gradients.layout import name_of
 
 __all__ = [
+    "check_beside_shards",
     "check_inputs",
     "check_parameters",
     "check_replicated",
@@ -30,8 +31,8 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
 
     Raises:
         ValueError: a tensor subclass that wraps other tensors, unless it is a DTensor; a sparse
-            gradient, gradients of another dtype than the parameter's, DTensors
-            that are neither sharded nor replicated, or DTensors beside plain parameters.
+            gradient, gradients of another dtype than the parameter's, or DTensors
+            that are neither sharded nor replicated.
     """
     sparse = {id(leaf) for leaf in seen.sparse}
     for p in parameters:
@@ -54,13 +55,16 @@ def check_parameters(optimizer: Optimizer, parameters: Sequence[Tensor], seen: G
                 f"parameter {name_of(p, optimizer)} has the placements {placements}; surgery "
                 "takes DTensors that are sharded or replicated"
             )
-    sharded = [hasattr(p, "device_mesh") for p in parameters]
-    if any(sharded) and not all(sharded):
-        p = parameters[sharded.index(False)]
-        raise ValueError(
-            f"parameter {name_of(p, optimizer)} is no DTensor while others are: its gradient "
-            "would stay this process's own; call fully_shard on the root module too"
-        )
+
+
+def check_beside_shards(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError for a plain parameter beside those of `fully_shard`."""
+    for p in parameters:
+        if not hasattr(p, "device_mesh"):
+            raise ValueError(
+                f"parameter {name_of(p, optimizer)} is no DTensor while others are: its gradient "
+                "would stay this process's own; call fully_shard on the root module too"
+            )
 
 
 def check_inputs(inputs: object) -> None:

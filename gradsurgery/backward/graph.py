@@ -23,6 +23,8 @@ _SPARSE_FLAGS = {
 # torch frees a chain of nodes that Python has looked at recursively: at 50,000 in a row the process
 # runs out of stack (measured with torch 2.15; 20,000 survived). So deeper graphs are not looked at.
 _MAX_DEPTH = 10_000
+# In the names of nodes that talk to other processes.
+_COMMUNICATING = ("SyncBatchNorm", "AllReduce", "AllGather", "ReduceScatter", "AlltoAll")
 # Nodes written in Python whose inputs are all they reach: what torch.compile makes, and what
 # DistributedDataParallel puts on the outputs.
 _TRANSPARENT = {"CompiledFunctionBackward", "_DDPSinkBackward"}
@@ -41,6 +43,8 @@ class GraphSurvey:
     reversible layers): they can reach leaves that the graph does not show."""
     reentrant: int = 0
     """Tasks of these whose node surely does: it accepts no choice of leaves."""
+    communicates: bool = False
+    """Whether a node talks to other processes in its backward pass (synchronised batch norm)."""
     complete: bool = True
     """False for a graph too deep to look at, of which only `opaque` says anything."""
     sparse: list[Tensor] = field(default_factory=list)
@@ -92,6 +96,7 @@ def survey(losses: Sequence[Tensor | None], stops: Sequence[Tensor] = ()) -> Gra
         if _is_opaque(node):
             result.opaque |= mask
             result.reentrant |= mask if _is_reentrant(node) else 0
+            result.communicates |= any(word in node.name() for word in _COMMUNICATING)
         for following, output in node.next_functions:
             if following is None:
                 continue

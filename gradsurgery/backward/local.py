@@ -16,6 +16,7 @@ from gradsurgery.backward.graph import GraphSurvey, survey
 from gradsurgery.backward.losses import Given, loss_values, read_losses
 from gradsurgery.backward.selection import Plan, select
 from gradsurgery.backward.tasks import MicroBatches, Request, Settings, Tasks, leave_out, trainable
+from gradsurgery.distributed.wrappers import Collectives, is_running
 from gradsurgery.gradients.storage import TaskGradients
 from gradsurgery.options import Options
 from gradsurgery.weights.solver import Solver
@@ -45,6 +46,8 @@ class Local:
         self.keep_rows = False
         """Keep all tasks' gradients after a call, at the cost of one more row."""
         self.last_reach: dict[int, int] = {}
+        # Until a first call has shown that its backward passes do not communicate.
+        self._alone = True
 
     def held(self) -> list[Tensor]:
         """The parameters that have rows."""
@@ -72,6 +75,7 @@ class Local:
         if len(given.names) > 1:
             tasks.graph = survey(given.losses)
             check_parameters(self.optimizer, parameters, tasks.graph)
+            self._look(tasks.graph, parameters)
             hidden = (1 << len(given.names)) - 1 if self.hides_leaves else 0
             tasks.opaque = tasks.graph.opaque | hidden
             leave_out(tasks)
@@ -90,6 +94,9 @@ class Local:
         names = waiting.names if waiting else ()
         devices = {p.device for p in parameters}
         return read_losses(request.losses, devices, self.solver.tasks, waiting=names)
+
+    def _look(self, graph: GraphSurvey, parameters: list[Tensor]) -> None:
+        """Whether the graph shows the parameters: here it does."""
 
     def _refuse_features(self, parameters: list[Tensor]) -> None:
         """Nothing to say against them here."""
@@ -148,15 +155,22 @@ class Local:
             p for p in plan.targets if p.requires_grad and (tasks.opaque or id(p) in graph.doubtful)
         ]
         inputs = None if tasks.request.inputs is None else plan.leaves
+        alone = self._alone and not (graph.communicates or self.hides_leaves)
         # The graph must not outlive the last backward pass.
         del graph
         tasks.graph = GraphSurvey(retain=[])
         watches: list[RemovableHandle] = []
+        collectives = Collectives() if alone and is_running() else None
         try:
             watches += [refuse_sparse(p, self.optimizer) for p in watched]
             for task, loss in enumerate(tasks.losses):
-                if loss is not None:
-                    self._fill_row(task, loss, retain[task], expected, plan.reached, inputs)
+                if loss is None:
+                    continue
+                self._fill_row(task, loss, retain[task], expected, plan.reached, inputs)
+                if collectives is not None:
+                    collectives.refuse()
+                    collectives = None
+            self._alone = False
         finally:
             for watch in watches:
                 watch.remove()

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradsurgery.backward.checks import check_beside_shards
+from gradsurgery.backward.graph import GraphSurvey
 from gradsurgery.backward.local import Local
 from gradsurgery.backward.losses import Given
 from gradsurgery.backward.tasks import MicroBatches, Request, Settings
@@ -19,9 +21,12 @@ __all__ = ["Sharded"]
 
 
 class Sharded(Local):
-    """The same where parameters are DTensors: M of their parts is summed over their mesh."""
+    """The same where parameters are DTensors: M of their parts is summed over their mesh.
 
-    hides_leaves = True
+    Of `parallelize_module` (tensor parallelism) the graph shows the parameters themselves, and
+    plain ones beside them are the same on every rank, so they count once. `fully_shard` puts the
+    gathered parameters into the graph instead, so that it hides what a loss reaches.
+    """
 
     def __init__(self, optimizer: Optimizer, solver: Solver, options: Options) -> None:
         super().__init__(optimizer, solver, options)
@@ -41,12 +46,22 @@ class Sharded(Local):
         except (TypeError, ValueError) as error:
             failure = error
         asked = settings(given.names if given else (), request.accumulate)
-        agree_over_mesh(self._groups, parameters[0], failure, asked)
+        sharded = next(p for p in parameters if hasattr(p, "device_mesh"))
+        agree_over_mesh(self._groups, sharded, failure, asked)
         assert given is not None
         return given
 
+    def _look(self, graph: GraphSurvey, parameters: list[Tensor]) -> None:
+        sharded = [p for p in parameters if hasattr(p, "device_mesh")]
+        self._alone = False
+        self.hides_leaves = not any(id(p) in graph.leaves for p in sharded)
+        if self.hides_leaves:
+            check_beside_shards(self.optimizer, parameters)
+
     def _refuse_features(self, parameters: list[Tensor]) -> None:
-        raise ValueError("features cannot be combined with fully_shard")
+        raise ValueError(
+            "features cannot be combined with DTensor parameters (fully_shard, parallelize_module)"
+        )
 
     def _over_processes(self, values: Tensor) -> Tensor:
         for group in self._groups.values():

@@ -17,7 +17,7 @@ from gradsurgery.backward.routes import Call, Outcome, Source, choose_route
 from gradsurgery.backward.sharded import Sharded
 from gradsurgery.backward.tasks import MicroBatches, Request, trainable
 from gradsurgery.distributed.group import fingerprint, shard_groups
-from gradsurgery.distributed.wrappers import look_for_wrappers, warn_alone
+from gradsurgery.distributed.wrappers import is_running, refuse_flat_parameters, warn_alone
 from gradsurgery.methods import Method
 from gradsurgery.options import Options
 from gradsurgery.report import SurgeryReport
@@ -275,14 +275,11 @@ class Surgery:
         }
 
     def _look_at_processes(self, parameters: list[Tensor]) -> None:
-        distributed = torch.distributed
-        if self._grouped or self._looked:
+        if self._grouped or self._looked or not is_running():
             return
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return
+        refuse_flat_parameters(parameters)
         self._looked = True
-        if distributed.get_world_size() > 1 and not any(map(shard_groups, parameters)):
-            look_for_wrappers(parameters, grouped=False)
+        if torch.distributed.get_world_size() > 1 and not any(map(shard_groups, parameters)):
             warn_alone()
 
     # ---------------------------------------------------------------- history

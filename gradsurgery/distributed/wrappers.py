@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from gradsurgery._warn import warn_user
 
-__all__ = ["look_for_wrappers", "warn_alone"]
+__all__ = ["Collectives", "is_running", "refuse_flat_parameters", "warn_alone"]
 
 
-def look_for_wrappers(parameters: Sequence[Tensor], *, grouped: bool) -> None:
-    """Refuse wrapped models with which the surgery would be silently wrong.
+def is_running() -> bool:
+    """Whether this process has a process group."""
+    return dist.is_available() and dist.is_initialized()
 
-    Searches the live objects of the process, since neither parameters nor graph tell: about
-    0.1 s, for the first call of many processes only.
 
-    Raises:
-        ValueError: parameters in DistributedDataParallel without a process group, or in
-            FullyShardedDataParallel.
+class Collectives:
+    """Notes how many collectives have run, to see whether a backward pass runs some.
+
+    DistributedDataParallel leaves no mark on parameters or graph: its hooks are out of Python's
+    sight. But it communicates while a gradient is computed, and every group counts what it does.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
 
-    own = {id(p) for p in parameters}
-    for candidate in gc.get_objects():
-        # type(), as some objects are proxies that lie about their class, or import on a look.
-        kind = type(candidate)
-        if not issubclass(kind, DistributedDataParallel | FullyShardedDataParallel):
-            continue
-        if own.isdisjoint(map(id, candidate.parameters())):
-            continue
-        if issubclass(kind, FullyShardedDataParallel):
+    def __init__(self) -> None:
+        self._before = _count()
+
+    def refuse(self) -> None:
+        """Raise ValueError where the backward pass since then has communicated."""
+        if _count() != self._before:
             raise ValueError(
-                "parameters are in FullyShardedDataParallel, which hides the shards of a gradient; "
-                "use torch.distributed.fsdp.fully_shard"
+                "the backward pass of the first loss communicated with other processes: parameters "
+                "are in DistributedDataParallel, which averages the first task's gradient alone "
+                "(or in another wrapper that reduces gradients); pass "
+                "process_group=torch.distributed.group.WORLD, with which the module stays as it is"
             )
-        if not grouped:
-            raise ValueError(
-                "parameters are in DistributedDataParallel, which averages the first task's "
-                "gradient alone; pass process_group=torch.distributed.group.WORLD (the module "
-                "stays as it is)"
-            )
+
+
+def _count() -> list[int]:
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    return [group._get_sequence_number_for_group() for group in groups]
+
+
+def refuse_flat_parameters(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError for parameters of FullyShardedDataParallel (not of `fully_shard`)."""
+    if any(
+        getattr(p, "_fsdp_flattened", False) or hasattr(p, "_is_flat_param") for p in parameters
+    ):
+        raise ValueError(
+            "parameters are in FullyShardedDataParallel, which hides the shards of a gradient; use "
+            "torch.distributed.fsdp.fully_shard"
+        )
 
 
 def warn_alone() -> None:

@@ -183,9 +183,13 @@ class TaskGradients:
         """The gradient of a task for a parameter."""
         return self._views[task][index]
 
-    def version(self, task: int, index: int) -> int:
-        """Changes with every write by way of the view."""
-        return local_part(self._views[task][index])._version
+    def version(self, task: int, index: int) -> tuple[int, int]:
+        """Changes with every write by way of the view.
+
+        Of a DTensor tensor-parallel layers write to the whole, `fully_shard` to the part.
+        """
+        view = self._views[task][index]
+        return view._version, local_part(view)._version
 
     def publish(self, task: int, index: int) -> Tensor:
         """The same view, to stay with the user as p.grad."""
