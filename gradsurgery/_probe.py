@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +76,10 @@ class Probe:
             if kind == "sum":
                 torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
             else:
-                self.plugin.backward(losses)
+                with warnings.catch_warnings():
+                    # Where nothing is shared `diagnose` says so itself.
+                    warnings.simplefilter("ignore")
+                    self.plugin.backward(losses)
             return (_now_s(self.model) - begin_s) * 1e3
 
     def _step(self, method: str, number: int, batch: Any) -> Tensor:

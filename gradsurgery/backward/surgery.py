@@ -206,7 +206,12 @@ class Surgery:
             return
         if outcome.arrived < 0 or outcome.waiting is not None:
             return
-        away = [name for t, name in enumerate(call.names) if not outcome.arrived >> t & 1]
+        given = zip(call.names, call.tasks.losses, strict=True)
+        away = [
+            name
+            for t, (name, loss) in enumerate(given)
+            if loss is not None and not outcome.arrived >> t & 1
+        ]
         if away:
             self._warn(
                 f"the loss of {', '.join(map(repr, away))} reaches none of the parameters that "

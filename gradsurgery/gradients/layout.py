@@ -17,6 +17,9 @@ __all__ = ["Layout", "PartSpans", "Slot", "Span", "local_part", "name_of"]
 # Parameters start at multiples of this, so that vectorised kernels find aligned gradients.
 _ALIGNMENT_BYTES = 64
 _MOST_SELECTIONS = 8
+# Of float32 up to 4,096 numbers, beside 250,000 and more.
+_SMALL_BYTES = 1 << 14
+_LARGE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Layout:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, p in enumerate(parameters):
             kinds.setdefault((p.dtype, p.device, shard_groups(p)), []).append(index)
-        for buffer, ((dtype, device, groups), indices) in enumerate(kinds.items()):
+        if shards == 1:
+            kinds = _apart(parameters, kinds)
+        for buffer, ((dtype, device, groups, *_), indices) in enumerate(kinds.items()):
             width = 0
             padding: list[int] = []
             alignment = max(_ALIGNMENT_BYTES // dtype.itemsize, 1)
@@ -146,6 +151,23 @@ class Layout:
         while len(self._selections) >= _MOST_SELECTIONS:
             self._selections.pop(next(iter(self._selections)))
         self._selections[key] = found
+
+
+def _apart(
+    parameters: Sequence[Tensor], kinds: dict[tuple[Any, ...], list[int]]
+) -> dict[tuple[Any, ...], list[int]]:
+    """Small parameters in buffers of their own, where the others are large together.
+
+    Who keeps the gradient of a bias, for a log or in a file, keeps the memory of its whole buffer.
+    """
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for kind, indices in kinds.items():
+        sizes = {i: local_part(parameters[i]).numel() * kind[0].itemsize for i in indices}
+        large = sum(sizes.values()) >= _LARGE_BYTES
+        for i in indices:
+            small = large and sizes[i] <= _SMALL_BYTES
+            found.setdefault((*kind, small), []).append(i)
+    return found
 
 
 def local_part(tensor: Tensor) -> Tensor:

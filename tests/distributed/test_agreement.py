@@ -349,14 +349,13 @@ def unsuitable(what: str) -> str:
         parameters.append(table.weight)
         losses = network(table(torch.tensor([1, 2])))
     elif what == "wrapped, no group":
-        DistributedDataParallel(network)
+        losses = DistributedDataParallel(network)(batches(1)[0])
         group = None
     elif what.startswith("older sharding"):
-        # What it takes to be found: its own constructor refuses a machine without accelerator.
-        sharded = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-        nn.Module.__init__(sharded)
-        sharded.training_state = None
-        sharded.network = network
+        sharded = FullyShardedDataParallel(
+            network, use_orig_params="original" in what, device_id=torch.device("cpu")
+        )
+        parameters, losses = list(sharded.parameters()), sharded(batches(1)[0])
         group = None if what.endswith("no group") else group
     elif what == "pickle":
         import pickle
@@ -378,6 +377,7 @@ UNSUITABLE = {
     "wrapped, no group": "pass process_group=torch.distributed.group.WORLD",
     "older sharding": "use torch.distributed.fsdp.fully_shard",
     "older sharding, no group": "use torch.distributed.fsdp.fully_shard",
+    "older sharding of original parameters": "use torch.distributed.fsdp.fully_shard",
     "pickle": "save its state_dict()",
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import pytest
 import reference
@@ -174,7 +175,35 @@ def test_tasks_that_share_nothing_get_plain_gradients() -> None:
     one, two = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
     x = batch()
     losses = [one(x).sum(), -two(x).square().sum()]
-    run_and_compare([*one.parameters(), *two.parameters()], losses)
+    with pytest.warns(UserWarning, match="is reached by two of the tasks, so there is nothing"):
+        run_and_compare([*one.parameters(), *two.parameters()], losses)
+
+
+def test_a_loss_that_reaches_nothing_is_named_once() -> None:
+    model = TwoHeads()
+    optimizer = plugin(model)
+    stray = torch.ones((), dtype=torch.float64, requires_grad=True)
+    losses = {"near": model.losses(batch())[0], "stray": stray * 2}
+    with pytest.warns(UserWarning, match="the loss of 'stray' reaches none of the parameters"):
+        optimizer.backward(losses, retain_graph=True)
+    optimizer.backward(losses)
+
+
+def test_plain_steps_all_the_time_are_noticed_once() -> None:
+    """As by frameworks that call loss.backward() and optimizer.step() themselves."""
+    model = TwoHeads()
+    optimizer = plugin(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sum(model.losses(batch())).backward()
+        optimizer.step()
+
+    step()
+    step()
+    with pytest.warns(UserWarning, match=r"backward\(losses\) of this optimizer was never called"):
+        step()
+    step()
 
 
 def test_the_same_loss_twice() -> None:
@@ -748,7 +777,12 @@ def test_two_optimizers_that_share_losses_and_micro_batches() -> None:
     first, second = plugin(trunk), plugin(heads)
     for losses, waiting in zip(batches, (True, False), strict=True):
         first.backward(losses, retain_graph=True, accumulate=waiting, inputs=trunk)
-        second.backward(losses, accumulate=waiting, inputs=heads)
+        # Only the first loss reaches what the second optimizer holds, and that is said.
+        said = (
+            nullcontext() if waiting else pytest.warns(UserWarning, match="'task_1' reaches none")
+        )
+        with said:
+            second.backward(losses, accumulate=waiting, inputs=heads)
     assert_gradients([*trunk, *heads], expected)
 
 
