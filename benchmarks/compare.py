@@ -42,14 +42,14 @@ class NormMatched(methods.Method):
         self.method = methods.resolve(method)
         self.reads_losses = self.method.reads_losses
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        other = self.method.weights(gram, losses=losses, generator=generator, resolution=resolution)
+        other = self.method.solve(gram, losses, generator, relative_error)
         wanted = torch.einsum("...i,...ij,...j->...", other, gram, other).clamp(min=0)
         # Where the gradients cancel, the sum has no direction.
         own = gram.sum((-2, -1)).clamp(min=torch.finfo(gram.dtype).tiny)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsurgery.kernels import combine, gram, resolution
+from gradsurgery.kernels import combine, gram, relative_error
 from gradsurgery.methods import Method, resolve
 
 __all__ = ["aggregate"]
@@ -40,6 +40,8 @@ def aggregate(
         tensor([0.5000, 1.5000])
     """
     rule = resolve(method)
-    known = resolution(gradients)
-    weights = rule.weights(gram(gradients), losses=losses, generator=generator, resolution=known)
+    known = relative_error(gradients)
+    weights = rule.weights(
+        gram(gradients), losses=losses, generator=generator, relative_error=known
+    )
     return combine(gradients, weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.backward.graph import GraphSurvey, survey
-from gradsurgery.kernels import combine, gram, resolution
+from gradsurgery.kernels import combine, gram, relative_error
 
 __all__ = ["FeatureGradients", "SharedFeatures", "add_to_grad"]
 
@@ -127,7 +127,7 @@ class FeatureGradients:
             if mask.bit_count() < 2:
                 continue
             total += gram(rows).to(device, non_blocking=True)
-            accuracy = max(accuracy, resolution(rows))
+            accuracy = max(accuracy, relative_error(rows))
         return total, accuracy
 
     def add_beside(self, weights: Tensor) -> None:

@@ -260,6 +260,8 @@ class Surgery:
                 "features cannot be combined with micro-batches (accumulate=True): the trunk waits "
                 "for weights that are known after the last of them"
             )
+        if request.inputs is not None:
+            raise ValueError("features cannot be combined with inputs")
         if not self.options.whole:
             raise ValueError("features needs granularity='model': it measures no parameters")
         if self.options.metric != "euclidean":

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradsurgery.distributed.group import Group
 from gradsurgery.gradients.layout import Layout, PartSpans
 from gradsurgery.gradients.storage import TaskGradients
-from gradsurgery.kernels import combine, gram, resolution, spans
+from gradsurgery.kernels import combine, gram, relative_error, spans
 
 __all__ = ["ScatteredRows"]
 
@@ -67,7 +67,7 @@ class ScatteredRows:
         total = torch.zeros(self.tasks, self.tasks, dtype=torch.float64, device=device)
         accuracy = torch.finfo(torch.float64).eps
         for own in self.columns:
-            accuracy = max(accuracy, resolution(own))
+            accuracy = max(accuracy, relative_error(own))
         for segment in self._segments(chosen):
             total += gram(segment).to(device, non_blocking=True)
         self._group.sum(total)
@@ -85,7 +85,7 @@ class ScatteredRows:
         total = torch.zeros(part_count, self.tasks, self.tasks, dtype=torch.float64, device=device)
         accuracy = torch.finfo(torch.float64).eps
         for own in self.columns:
-            accuracy = max(accuracy, spans.resolution(own))
+            accuracy = max(accuracy, spans.relative_error(own))
         for buffer, (bounds, of_spans) in self._segments_by_part(chosen, parts):
             factors = None
             if roots is not None:

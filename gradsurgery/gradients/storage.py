@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsurgery.distributed.group import sum_over
 from gradsurgery.gradients.layout import Layout, local_part
-from gradsurgery.kernels import combine, gram, resolution, spans
+from gradsurgery.kernels import combine, gram, relative_error, spans
 
 __all__ = ["TaskGradients"]
 
@@ -116,7 +116,7 @@ class TaskGradients:
         for buffer, start, stop in self.layout.spans(chosen):
             segment = self.buffers[buffer][: self.count, start:stop]
             _add(totals, self.layout.groups[buffer], gram(segment), device)
-            accuracy = max(accuracy, resolution(segment))
+            accuracy = max(accuracy, relative_error(segment))
         return _sum_spread(totals, torch.Size((self.count, self.count)), device), accuracy
 
     def grams(
@@ -143,7 +143,7 @@ class TaskGradients:
             factors = None if roots is None else roots[buffer]
             found = spans.gram_spans(rows, bounds, of_spans, part_count, factors)
             _add(totals, self.layout.groups[buffer], found, device)
-            accuracy = max(accuracy, spans.resolution(rows))
+            accuracy = max(accuracy, spans.relative_error(rows))
         shape = torch.Size((part_count, self.count, self.count))
         return _sum_spread(totals, shape, device), accuracy
 

@@ -1,5 +1,5 @@
 """The two operations that touch anything of size D: `gram` and `combine`."""
 
-from gradsurgery.kernels._dispatch import combine, gram, resolution
+from gradsurgery.kernels._dispatch import combine, gram, relative_error
 
-__all__ = ["combine", "gram", "resolution"]
+__all__ = ["combine", "gram", "relative_error"]

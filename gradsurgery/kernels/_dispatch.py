@@ -8,7 +8,7 @@ from torch import Tensor
 from gradsurgery.kernels import blocked, native, reference
 from gradsurgery.kernels._backend import BACKENDS, choose, on_triton, with_fallback
 
-__all__ = ["combine", "gram", "real_rows", "resolution"]
+__all__ = ["combine", "gram", "real_rows", "relative_error"]
 
 
 # Each is one op to the dispatcher and to torch.compile.
@@ -156,7 +156,7 @@ def combine(
     return out if direct else out.copy_(result)
 
 
-def resolution(gradients: Tensor) -> float:
+def relative_error(gradients: Tensor) -> float:
     """How accurate `gram` of these rows is, relative to the product of two rows' norms.
 
     float64 rounding where it sums in float64 (float64 rows; up to 65,536 columns, but for 16-bit
@@ -167,8 +167,8 @@ def resolution(gradients: Tensor) -> float:
     if on_triton(rows.device, rows.shape[0]):
         from gradsurgery.kernels import triton_rows
 
-        return triton_rows.resolution(rows)
-    return blocked.resolution(rows)
+        return triton_rows.relative_error(rows)
+    return blocked.relative_error(rows)
 
 
 def _full_precision(rows: Tensor) -> torch.autocast:

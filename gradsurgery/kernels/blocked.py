@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["combine_into", "gram", "resolution"]
+__all__ = ["combine_into", "gram", "relative_error"]
 
 # Columns of one float32 product. Short, because its float32 sum decides how accurate M is where
 # two gradients nearly cancel; long enough to amortise a call.
@@ -41,7 +41,7 @@ def gram(rows: Tensor) -> Tensor:
     return total
 
 
-def resolution(rows: Tensor) -> float:
+def relative_error(rows: Tensor) -> float:
     """How accurate `gram` is, relative to the product of two norms."""
     if rows.shape[1] <= SMALL or rows.dtype == torch.float64 or not _products_are_exact(rows):
         return torch.finfo(torch.float64).eps

@@ -15,7 +15,7 @@ from gradsurgery.kernels import native
 from gradsurgery.kernels._backend import choose, with_fallback
 from gradsurgery.kernels._dispatch import real_rows
 
-__all__ = ["combine_spans", "gram_spans", "resolution"]
+__all__ = ["combine_spans", "gram_spans", "relative_error"]
 
 # Columns that a product takes at a time; TaskGradients begins every parameter at such a multiple.
 _UNIT_BYTES = 64
@@ -27,27 +27,27 @@ _SCALED = {True: 1 << 19, False: 1 << 24}
 
 @torch.library.custom_op("gradsurgery::gram_spans", mutates_args=())
 def _gram(
-    rows: Tensor, bounds: list[int], where: list[int], number: int, roots: Tensor | None
+    rows: Tensor, bounds: list[int], parts: list[int], part_count: int, roots: Tensor | None
 ) -> Tensor:
     def plainly() -> Tensor:
         found = _gram_plain(rows, bounds) if roots is None else _gram_scaled(rows, bounds, roots)
-        return _sum_by_part(found, where, number)
+        return _sum_by_part(found, parts, part_count)
 
     if choose(rows, "auto") != "triton":
         return plainly()
     from gradsurgery.kernels import triton_rows
 
     return with_fallback(
-        lambda: triton_rows.gram_segments(rows, bounds, where, number, roots), plainly
+        lambda: triton_rows.gram_segments(rows, bounds, parts, part_count, roots), plainly
     )
 
 
 @_gram.register_fake
 def _(
-    rows: Tensor, bounds: list[int], where: list[int], number: int, roots: Tensor | None
+    rows: Tensor, bounds: list[int], parts: list[int], part_count: int, roots: Tensor | None
 ) -> Tensor:
     count = rows.shape[0]
-    return rows.new_empty(number, count, count, dtype=torch.float64)
+    return rows.new_empty(part_count, count, count, dtype=torch.float64)
 
 
 def _gram_plain(rows: Tensor, bounds: Sequence[int]) -> Tensor:
@@ -66,21 +66,21 @@ def _gram_plain(rows: Tensor, bounds: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("gradsurgery::combine_spans", mutates_args=("out",))
 def _combine(
-    rows: Tensor, weights: Tensor, bounds: list[int], where: list[int], out: Tensor
+    rows: Tensor, weights: Tensor, bounds: list[int], parts: list[int], out: Tensor
 ) -> None:
     def plainly() -> None:
-        _combine_plain(rows, _of_parts(weights, where), bounds, out)
+        _combine_plain(rows, _of_parts(weights, parts), bounds, out)
 
     if choose(rows, "auto") != "triton":
         plainly()
         return
     from gradsurgery.kernels import triton_rows
 
-    with_fallback(lambda: triton_rows.combine_segments(rows, weights, bounds, where, out), plainly)
+    with_fallback(lambda: triton_rows.combine_segments(rows, weights, bounds, parts, out), plainly)
 
 
 @_combine.register_fake
-def _(rows: Tensor, weights: Tensor, bounds: list[int], where: list[int], out: Tensor) -> None:
+def _(rows: Tensor, weights: Tensor, bounds: list[int], parts: list[int], out: Tensor) -> None:
     return None
 
 
@@ -103,23 +103,23 @@ def _combine_plain(rows: Tensor, weights: Tensor, bounds: Sequence[int], out: Te
 def gram_spans(
     gradients: Tensor,
     bounds: Sequence[tuple[int, int]],
-    where: Sequence[int],
-    number: int,
+    parts: Sequence[int],
+    part_count: int,
     roots: Tensor | None = None,
 ) -> Tensor:
-    """M of each part: [T, D] and S spans [start, stop) -> [number, T, T] float64.
+    """M of each part: [T, D] and S spans [start, stop) -> [part_count, T, T] float64.
 
     Args:
         gradients: [T, D].
         bounds: ascending; each begins and ends at a multiple of 64 bytes.
-        where: S numbers, the part of each span.
-        number: of parts; one without a span gets zeros.
+        parts: S numbers, the part of each span.
+        part_count: how many parts there are; one without a span gets zeros.
         roots: [D] (of complex rows [2 D], for real and imaginary parts), float32 or wider: a
             factor for each column of all rows. M_ij is then Σ_d roots_d² g_id g_jd.
     """
     rows, flat = _real(gradients, bounds)
     with torch.autocast(gradients.device.type, enabled=False):
-        found: Tensor = _gram(rows, flat, list(where), number, roots)
+        found: Tensor = _gram(rows, flat, list(parts), part_count, roots)
     return found
 
 
@@ -137,24 +137,24 @@ def _gram_scaled(rows: Tensor, bounds: Sequence[int], roots: Tensor) -> Tensor:
     return totals
 
 
-def _sum_by_part(found: Tensor, where: Sequence[int], number: int) -> Tensor:
-    """[S, ...] of spans, and the part of each -> [number, ...], in a fixed order."""
-    if list(where) == list(range(number)):
+def _sum_by_part(found: Tensor, parts: Sequence[int], part_count: int) -> Tensor:
+    """[S, ...] of spans, and the part of each -> [part_count, ...], in a fixed order."""
+    if list(parts) == list(range(part_count)):
         return found
-    order = sorted(range(len(where)), key=lambda span: where[span])
-    lengths = [0] * number
-    for part in where:
+    order = sorted(range(len(parts)), key=lambda span: parts[span])
+    lengths = [0] * part_count
+    for part in parts:
         lengths[part] += 1
     picked = found[torch.tensor(order).to(found.device, non_blocking=True)]
     sizes = torch.tensor(lengths).to(found.device, non_blocking=True)
     return torch.segment_reduce(picked, "sum", lengths=sizes, unsafe=True, initial=0)
 
 
-def _of_parts(values: Tensor, where: Sequence[int]) -> Tensor:
+def _of_parts(values: Tensor, parts: Sequence[int]) -> Tensor:
     """[parts, ...] -> [S, ...]: what belongs to each span's part."""
-    if list(where) == list(range(len(values))):
+    if list(parts) == list(range(len(values))):
         return values
-    return values[torch.tensor(where).to(values.device, non_blocking=True)]
+    return values[torch.tensor(parts).to(values.device, non_blocking=True)]
 
 
 @torch.no_grad()
@@ -162,27 +162,27 @@ def combine_spans(
     gradients: Tensor,
     weights: Tensor,
     bounds: Sequence[tuple[int, int]],
-    where: Sequence[int],
+    parts: Sequence[int],
     out: Tensor,
 ) -> None:
-    """Over each span out = Gᵀ w with its part's weights, [number, T] float64.
+    """Over each span out = Gᵀ w with its part's weights, [part_count, T] float64.
 
     `out` is [D], a row of G or memory of its own.
     """
     rows, flat = _real(gradients, bounds)
     target = torch.view_as_real(out).flatten() if out.is_complex() else out
     with torch.autocast(gradients.device.type, enabled=False):
-        _combine(rows, weights, flat, list(where), target)
+        _combine(rows, weights, flat, list(parts), target)
 
 
-def resolution(gradients: Tensor) -> float:
+def relative_error(gradients: Tensor) -> float:
     """How accurate `gram_spans` of these rows is, relative to the product of two norms."""
     rows = real_rows(gradients)
     chosen = choose(rows, "auto")
     if chosen == "triton":
         from gradsurgery.kernels import triton_rows
 
-        return triton_rows.segments_resolution(rows)
+        return triton_rows.segments_relative_error(rows)
     # The C version sums float32 over up to 64 terms, and a short span averages nothing out.
     return 2e-7 if chosen == "native" else torch.finfo(torch.float64).eps
 

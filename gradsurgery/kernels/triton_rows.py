@@ -26,7 +26,7 @@ __all__ = [
     "gram",
     "gram_segments",
     "launch",
-    "resolution",
+    "relative_error",
 ]
 
 
@@ -302,7 +302,7 @@ def _combine(
     )
 
 
-def resolution(rows: Tensor) -> float:
+def relative_error(rows: Tensor) -> float:
     """How accurate `gram` is, relative to the product of two rows' norms."""
     if _in_float64(rows):
         return torch.finfo(torch.float64).eps
@@ -310,7 +310,7 @@ def resolution(rows: Tensor) -> float:
     return 1e-6 if rows.shape[0] > 8 else 4e-7 if rows.dtype.itemsize == 2 else 1e-8
 
 
-def segments_resolution(rows: Tensor) -> float:
+def segments_relative_error(rows: Tensor) -> float:
     """The same of `gram_segments`."""
     return 1e-6 if _halves_on_tensor_cores(rows) else torch.finfo(torch.float64).eps
 

@@ -17,9 +17,9 @@ _STEPS = 60
 _MOST_MOVES = 300
 
 
-def ridge_of(resolution: float) -> float:
+def ridge_of(relative_error: float) -> float:
     """What is added to the diagonal of the scaled matrix, where its solution may be at infinity."""
-    return max(1e-12, 4 * resolution)
+    return max(1e-12, 4 * relative_error)
 
 
 @tasks.step("balance")

@@ -16,7 +16,7 @@ __all__ = ["Method", "check_number"]
 class Method(ABC):
     """A rule M -> w. It never sees anything of size D.
 
-    A subclass defines `name` and `_solve`, and, where it keeps state from step to step,
+    A subclass defines `name` and `solve`, and, where it keeps state from step to step,
     `state_dict`, `load_state_dict` and `check`.
 
     A Gram matrix that is not finite gives weights that are not finite: the error must reach whoever
@@ -32,7 +32,7 @@ class Method(ABC):
     reads_losses: bool = False
     """Whether w depends on the losses' values."""
 
-    one_backward: bool = False
+    known_beforehand: bool = False
     """Whether w is known before any gradient is, so that one backward pass of Σ_t w_t L_t does:
     the plugin then measures no Gram matrix. `Sum` and `Mean` could, and measure on purpose."""
 
@@ -42,7 +42,7 @@ class Method(ABC):
         *,
         losses: Tensor | None = None,
         generator: torch.Generator | None = None,
-        resolution: float | None = None,
+        relative_error: float | None = None,
     ) -> Tensor:
         """Task weights for a Gram matrix, or for a batch of them.
 
@@ -50,7 +50,7 @@ class Method(ABC):
             gram: [..., T, T], real, symmetric, M_ij = g_i·g_j.
             losses: [..., T], the losses' values, for methods that look at them.
             generator: source of every random choice; None: torch's default generator.
-            resolution: how accurate `gram` is, relative to the product of two norms: what is
+            relative_error: how accurate `gram` is, relative to the product of two norms: what is
                 smaller than that is rounding. None: the rounding of its dtype.
 
         Returns:
@@ -64,15 +64,15 @@ class Method(ABC):
         _check_gram(gram)
         self.check(gram.shape[:-1])
         if not (self.reads_gram or self.reads_losses):
-            return self._solve(gram, None, generator, 0.0)
+            return self.solve(gram, None, generator, 0.0)
         # Inside the caller's autocast region products would run in half precision. The context is
         # most of the time of a small T, so it is entered only where there is one to leave.
         mixed = torch.is_autocast_enabled(gram.device.type)
         quiet = torch.autocast(gram.device.type, enabled=False) if mixed else nullcontext()
         with quiet, torch.no_grad():
             exact = gram.detach().to(torch.float64)
-            known = torch.finfo(gram.dtype).eps if resolution is None else resolution
-            return self._solve(exact, self._values(losses, exact), generator, known)
+            known = torch.finfo(gram.dtype).eps if relative_error is None else relative_error
+            return self.solve(exact, self._values(losses, exact), generator, known)
 
     def _values(self, losses: Tensor | None, gram: Tensor) -> Tensor | None:
         """The losses' values as [..., T] float64, for methods that read them."""
@@ -88,12 +88,12 @@ class Method(ABC):
         return losses.detach().to(torch.float64).expand(gram.shape[:-1])
 
     @abstractmethod
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         """[..., T, T] float64 -> [..., T] float64, without waiting for the device.
 

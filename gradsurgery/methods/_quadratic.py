@@ -15,18 +15,18 @@ _LEVELS = 16
 _ROUNDS = 4
 
 
-def ridge_of(resolution: float) -> float:
+def ridge_of(relative_error: float) -> float:
     """What is added to the scaled diagonal: a rounding error of M.
 
     It makes every solution the only one, and changes a condition by less than 1e-12 of its terms
     where M is good to float64.
     """
-    return max(1e-13, 4 * resolution)
+    return max(1e-13, 4 * relative_error)
 
 
-def noise_of(resolution: float) -> float:
+def noise_of(relative_error: float) -> float:
     """Lengths ‖Gᵀw‖ of less than this beside Σ_i |w_i| ‖g_i‖ are rounding: M holds squares."""
-    return 2 * float(resolution**0.5)
+    return 2 * float(relative_error**0.5)
 
 
 def scale(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ __all__ = ["Adam", "RunningMethod", "extended", "narrowed", "put_back", "softmax
 class RunningMethod(Method):
     """A method whose next weights depend on earlier steps.
 
-    A subclass names its state in `_fields`, starts every call of `_solve` with `_begin`, and writes
+    A subclass names its state in `_fields`, starts every call of `solve` with `_begin`, and writes
     new values with `_move`: in place, as a captured CUDA graph reads and writes the same memory at
     every replay, and without asking the device for anything.
     """

@@ -10,15 +10,15 @@ from torch import Tensor
 __all__ = ["Basis", "basis_of", "gram_factor", "pseudo_solve", "rank_tolerance"]
 
 
-def rank_tolerance(gram: Tensor, resolution: float, least: float = 1e-10) -> float:
+def rank_tolerance(gram: Tensor, relative_error: float, least: float = 1e-10) -> float:
     """Squared sine of the angle to the span of others up to which a gradient counts as in it.
 
     Args:
         gram: [..., T, T].
-        resolution: of its entries.
+        relative_error: of its entries.
         least: the rounding of what is smaller would make an error of 1e-6 in the result.
     """
-    return max(4 * gram.shape[-1] * resolution, least)
+    return max(4 * gram.shape[-1] * relative_error, least)
 
 
 class Basis(NamedTuple):
@@ -37,7 +37,7 @@ class Basis(NamedTuple):
     """W: every gradient from the independent ones."""
 
     order: Tensor
-    """[..., T]: which task the k-th independent gradient is."""
+    """[..., T]: which task the k-th independent gradient is; the dependent ones follow."""
 
     kept: Tensor
     """[..., T]: k < r."""
@@ -56,7 +56,9 @@ def basis_of(cosines: Tensor, tolerance: float, size: Tensor | None = None) -> B
     square = left if size is None else size.square()
     factor, chosen, pivots = torch.zeros_like(cosines), [], []
     for k in range(count):
-        at = torch.where(free & (left > tolerance), left * square, -1.0).argmax(-1, keepdim=True)
+        # Independent ones first, then the dependent ones: a permutation in the end.
+        most = torch.where(left > tolerance, left * square, -1.0)
+        at = torch.where(free, most, -2.0).argmax(-1, keepdim=True)
         pivot = torch.where(free, left, 0.0).gather(-1, at)
         row = at[..., None].expand(*at.shape, count)
         done = (factor @ factor.gather(-2, row).mT)[..., 0]
@@ -75,10 +77,17 @@ def basis_of(cosines: Tensor, tolerance: float, size: Tensor | None = None) -> B
     return Basis(factor, lower, spread, order, kept)
 
 
-def pseudo_solve(basis: Basis, right: Tensor) -> Tensor:
-    """The least-squares solution of least norm: C⁺ right, [..., T]."""
+def pseudo_solve(basis: Basis, right: Tensor, tolerance: float) -> Tensor:
+    """The least-squares solution of least norm: C⁺ right, [..., T].
+
+    Dependent gradients are known up to an angle of sqrt(tolerance). What is left of `right` when
+    they cancel by less than that is no direction but rounding, and counts as 0.
+    """
     both = gram_factor(basis.spread, basis.kept)
-    x = torch.cholesky_solve(basis.spread.mT @ right[..., None], both)
+    onto = basis.spread.mT @ right[..., None]
+    terms = basis.spread.mT.abs() @ right[..., None].abs()
+    onto = torch.where(onto.abs() > tolerance**0.5 * terms, onto, 0.0)
+    x = torch.cholesky_solve(onto, both)
     x = torch.cholesky_solve(x, basis.lower)
     return (basis.spread @ torch.cholesky_solve(x, both))[..., 0]
 

@@ -29,7 +29,7 @@ class Wrapping(Method):
         self.method = resolve(method)
 
     def __repr__(self) -> str:
-        hidden = ("reads_gram", "reads_losses", "one_backward")
+        hidden = ("reads_gram", "reads_losses", "known_beforehand")
         fields = {k: v for k, v in vars(self).items() if k not in hidden and k[0] != "_"}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
 

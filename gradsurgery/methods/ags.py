@@ -50,16 +50,16 @@ class AGS(Method):
         check_max_scale(max_scale)
         self.max_scale = max_scale
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=True, generator=generator)
         limit = math.inf if self.max_scale is None else self.max_scale
-        return tasks.run("ags", gram, orders, numbers=(limit, noise_of(resolution)))
+        return tasks.run("ags", gram, orders, numbers=(limit, noise_of(relative_error)))
 
 
 def check_max_scale(max_scale: float | None) -> None:
@@ -70,9 +70,9 @@ def check_max_scale(max_scale: float | None) -> None:
             raise ValueError(f"max_scale must be positive or None; got {max_scale!r}")
 
 
-def noise_of(resolution: float) -> float:
-    """How small wᵀMw may be beside its terms w_i M_ij w_j, each good to `resolution`."""
-    return 4 * resolution
+def noise_of(relative_error: float) -> float:
+    """How small wᵀMw may be beside its terms w_i M_ij w_j, each good to `relative_error`."""
+    return 4 * relative_error
 
 
 @tasks.step("ags")

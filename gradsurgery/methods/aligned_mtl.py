@@ -103,11 +103,11 @@ class AlignedMTL(Method):
 
     name: ClassVar[str] = "aligned_mtl"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        return tasks.run("aligned_mtl", gram, numbers=(rank_tolerance(gram, resolution, 0.0),))
+        return tasks.run("aligned_mtl", gram, numbers=(rank_tolerance(gram, relative_error, 0.0),))

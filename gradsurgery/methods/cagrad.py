@@ -55,12 +55,12 @@ class CAGrad(Method):
             raise ValueError(f"c must be in [0, 1); got {c!r}")
         self.c = c
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        numbers = (ridge_of(resolution), noise_of(resolution), self.c)
+        numbers = (ridge_of(relative_error), noise_of(relative_error), self.c)
         return tasks.run("cagrad", gram, numbers=numbers)

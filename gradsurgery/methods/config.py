@@ -20,7 +20,7 @@ __all__ = ["ConFIG"]
 def equal_angles(gram: Tensor, tolerance: float) -> Tensor:
     """x = U⁺1 by its coefficients, times Σ_i g_i·x / ‖x‖²: [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
-    y = pseudo_solve(basis_of(cosines, tolerance), (norms > 0).to(gram.dtype))
+    y = pseudo_solve(basis_of(cosines, tolerance), (norms > 0).to(gram.dtype), tolerance)
     product = (cosines @ y[..., None])[..., 0]
     square = (y * product).sum(-1)
     there = square > 1e-24 * y.abs().sum(-1).square()
@@ -36,8 +36,8 @@ class ConFIG(Method):
     as long as the projections together.
 
     Deviations from the paper: where no such direction exists (gradients that depend on each other)
-    it is the least-squares one, as in the authors' code, and where that is zero so is g; a task
-    without gradient is left out.
+    it is the least-squares one, as in the authors' code, and where that is zero, up to the accuracy
+    of M, so is g (exactly opposite gradients); a task without gradient is left out.
 
     Source: Liu et al., arXiv 2408.11104, equations 2 to 4.
 
@@ -49,11 +49,11 @@ class ConFIG(Method):
 
     name: ClassVar[str] = "config"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        return tasks.run("config", gram, numbers=(rank_tolerance(gram, resolution),))
+        return tasks.run("config", gram, numbers=(rank_tolerance(gram, relative_error),))

@@ -67,7 +67,7 @@ class Constant(Method):
 
     name: ClassVar[str] = "constant"
     reads_gram = False
-    one_backward = True
+    known_beforehand = True
 
     def __init__(self, weights: Sequence[float] | None = None) -> None:
         # `weights` is the method.
@@ -90,12 +90,12 @@ class Constant(Method):
         if self.weights_ is not None and shape[-1] != len(self.weights_):
             raise ValueError(f"Constant has {len(self.weights_)} weights for {shape[-1]} tasks")
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         if self.weights_ is None:
             return torch.ones(gram.shape[:-1], dtype=torch.float64, device=gram.device)

@@ -54,7 +54,7 @@ class CRMOGM(Wrapping):
         self.alpha = alpha
         self.reads_gram = self.method.reads_gram
         self.reads_losses = self.method.reads_losses
-        self.one_backward = self.method.one_backward
+        self.known_beforehand = self.method.known_beforehand
         self._average: Tensor | None = None
 
     @contextmanager
@@ -86,14 +86,14 @@ class CRMOGM(Wrapping):
                 "the number of tasks changes"
             )
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        new = self.method._solve(gram, losses, generator, resolution)
+        new = self.method.solve(gram, losses, generator, relative_error)
         if self._average is None:
             self._average = torch.full_like(new, torch.nan)
         average = self._average = self._average.to(new.device, non_blocking=True)

@@ -43,11 +43,11 @@ class DualProj(Method):
 
     name: ClassVar[str] = "dualproj"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        return tasks.run("dualproj", gram, numbers=(ridge_of(resolution),))
+        return tasks.run("dualproj", gram, numbers=(ridge_of(relative_error),))

@@ -43,7 +43,7 @@ class DWA(RunningMethod):
     name: ClassVar[str] = "dwa"
     reads_gram = False
     reads_losses = True
-    one_backward = True
+    known_beforehand = True
     _fields: ClassVar[dict[str, int]] = {"total": 1, "calls": 1, "last": 1, "earlier": 1}
     _start: ClassVar[dict[str, float]] = {"last": math.nan, "earlier": math.nan}
 
@@ -58,12 +58,12 @@ class DWA(RunningMethod):
             raise ValueError(f"period must be at least 1; got {period}")
         self.temperature, self.period = temperature, period
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         assert losses is not None
         state = self._begin(gram)

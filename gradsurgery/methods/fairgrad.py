@@ -48,12 +48,12 @@ class FairGrad(Method):
             raise ValueError(f"alpha must be positive; got {alpha!r}")
         self.alpha = alpha
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        numbers = (1 / self.alpha, _barrier.ridge_of(resolution))
+        numbers = (1 / self.alpha, _barrier.ridge_of(relative_error))
         return tasks.run("balance", gram, numbers=numbers)

@@ -50,7 +50,7 @@ class FAMO(RunningMethod):
     name: ClassVar[str] = "famo"
     reads_gram = False
     reads_losses = True
-    one_backward = True
+    known_beforehand = True
     _fields: ClassVar[dict[str, int]] = {"logits": 1, "before": 1, **Adam.fields}
     _start: ClassVar[dict[str, float]] = {"before": math.nan}
 
@@ -97,12 +97,12 @@ class FAMO(RunningMethod):
         logits, adam = Adam.step(state, state["logits"], gradient, self.lr, self.gamma)
         self._move(known, logits=logits, **adam)
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         assert losses is not None
         state = self._begin(gram)

@@ -57,12 +57,12 @@ class GradOPS(Method):
 
     name: ClassVar[str] = "gradops"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        numbers = (rank_tolerance(gram, resolution), 4 * resolution)
+        numbers = (rank_tolerance(gram, relative_error), 4 * relative_error)
         return tasks.run("gradops", gram, numbers=numbers)

@@ -81,12 +81,12 @@ class GradVac(RunningMethod):
         super().__init__()
         self.beta = beta
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
         target = self._begin(gram)["target"]

@@ -20,10 +20,10 @@ __all__ = ["IMTLG"]
 def equal_projections(gram: Tensor, tolerance: float) -> Tensor:
     """C⁺1 / n, divided by its sum: [..., T, T] -> [..., T]."""
     cosines, norms = scale(gram)
-    y = pseudo_solve(basis_of(cosines, tolerance), (norms > 0).to(gram.dtype))
+    y = pseudo_solve(basis_of(cosines, tolerance), (norms > 0).to(gram.dtype), tolerance)
     w = divide_or_zero(y, norms)
     total, size = w.sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
-    return divide_or_zero(w, torch.where(total.abs() > 1e-12 * size, total, 0.0))
+    return divide_or_zero(w, torch.where(total.abs() > tolerance**0.5 * size, total, 0.0))
 
 
 class IMTLG(Method):
@@ -32,8 +32,9 @@ class IMTLG(Method):
     So w ∝ C⁻¹1 / n with C the cosines and n the norms. Weights may be negative.
 
     Deviations from the paper: where C is singular the least-squares solution of least norm is taken
-    (the paper's closed form has no value); where its weights sum to zero they are all zero; a task
-    without gradient has no direction and gets 0.
+    (the paper's closed form has no value); where its weights sum to zero, up to the accuracy of M,
+    they are all zero (exactly opposite gradients); a task without gradient has no direction and
+    gets 0.
 
     Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, equation 6.
 
@@ -45,11 +46,11 @@ class IMTLG(Method):
 
     name: ClassVar[str] = "imtl_g"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        return tasks.run("imtl_g", gram, numbers=(rank_tolerance(gram, resolution),))
+        return tasks.run("imtl_g", gram, numbers=(rank_tolerance(gram, relative_error),))

@@ -24,12 +24,12 @@ class Mean(Method):
     name: ClassVar[str] = "mean"
     reads_gram = False
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         return torch.full(
             gram.shape[:-1], 1 / gram.shape[-1], dtype=torch.float64, device=gram.device

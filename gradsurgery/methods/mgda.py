@@ -48,11 +48,11 @@ class MGDA(Method):
 
     name: ClassVar[str] = "mgda"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        return tasks.run("mgda", gram, numbers=(ridge_of(resolution),))
+        return tasks.run("mgda", gram, numbers=(ridge_of(relative_error),))

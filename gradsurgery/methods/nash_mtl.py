@@ -37,11 +37,11 @@ class NashMTL(Method):
 
     name: ClassVar[str] = "nash_mtl"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        return tasks.run("balance", gram, numbers=(1.0, _barrier.ridge_of(resolution)))
+        return tasks.run("balance", gram, numbers=(1.0, _barrier.ridge_of(relative_error)))

@@ -48,12 +48,12 @@ class PCGrad(Method):
 
     name: ClassVar[str] = "pcgrad"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         orders = draw_orders(gram.shape[:-1], gram.device, shared=False, generator=generator)
         return tasks.run("project", gram, orders)

@@ -30,14 +30,14 @@ class Random(Method):
 
     name: ClassVar[str] = "random"
     reads_gram = False
-    one_backward = True
+    known_beforehand = True
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         source = generator.device if generator is not None else torch.device("cpu")
         noise = torch.randn(

@@ -46,18 +46,18 @@ class Rescaled(Wrapping):
         self.max_scale = max_scale
         self.reads_losses = self.method.reads_losses
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         if not self.method.reads_gram:
             # Its running state must not move at a step whose M is not finite, which it cannot see.
             known = gram.isfinite().all(-1).all(-1, keepdim=True)
             told = gram.new_zeros(gram.shape[:-1]) if losses is None else losses
             losses = torch.where(known, told, torch.nan)
-        weights = self.method._solve(gram, losses, generator, resolution)
+        weights = self.method.solve(gram, losses, generator, relative_error)
         limit = math.inf if self.max_scale is None else self.max_scale
-        return tasks.run("rescale", gram, weights, numbers=(limit, noise_of(resolution)))
+        return tasks.run("rescale", gram, weights, numbers=(limit, noise_of(relative_error)))

@@ -46,7 +46,7 @@ class STCH(Method):
     name: ClassVar[str] = "stch"
     reads_gram = False
     reads_losses = True
-    one_backward = True
+    known_beforehand = True
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class STCH(Method):
             if values is not None and len(values) != shape[-1]:
                 raise ValueError(f"STCH has {len(values)} {name} for {shape[-1]} tasks")
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         assert losses is not None
         there, valid = there_of(losses)

@@ -24,11 +24,11 @@ class Sum(Method):
     name: ClassVar[str] = "sum"
     reads_gram = False
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         return torch.ones(gram.shape[:-1], dtype=torch.float64, device=gram.device)

@@ -46,7 +46,7 @@ class Uncertainty(RunningMethod):
     name: ClassVar[str] = "uncertainty"
     reads_gram = False
     reads_losses = True
-    one_backward = True
+    known_beforehand = True
     _fields: ClassVar[dict[str, int]] = {"log_variance": 1, **Adam.fields}
 
     def __init__(self, lr: float = 1e-3, start: float = 0.0) -> None:
@@ -62,12 +62,12 @@ class Uncertainty(RunningMethod):
     def starts(self) -> dict[str, float]:
         return {"log_variance": self.start}
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         assert losses is not None
         state = self._begin(gram)

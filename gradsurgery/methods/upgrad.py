@@ -43,11 +43,11 @@ class UPGrad(Method):
 
     name: ClassVar[str] = "upgrad"
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
-        return tasks.run("upgrad", gram, numbers=(ridge_of(resolution),))
+        return tasks.run("upgrad", gram, numbers=(ridge_of(relative_error),))

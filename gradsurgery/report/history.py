@@ -197,8 +197,8 @@ class History:
 
         Returns:
             For N records "step" [N] int64, and in float64 as in `SurgeryReport` "gram", "cosine"
-            [N, T, T], "norms", "weights" [N, T], "scale", "turned" [N]; "conflict_rate" [N], the
-            share of pairs in conflict; with `step_effect` also "effect" [N, T]. With parts of the
+            [N, T, T], "norms", "weights" [N, T], "scale", "cosine_to_sum" [N]; "conflict_rate" [N],
+            the share of pairs in conflict; with `step_effect` also "effect" [N, T]. With parts of the
             model all but "step" and "effect" have P after N. NaN where nothing was measured.
 
         Raises:
@@ -245,7 +245,7 @@ class History:
         """
         names, found = self._read_whole(segment)
         kinds = [(kind, title) for kind, title in BY_TASK.items() if kind in found]
-        rows = [["step", "conflicts", "lowest cos", "length", "turned"]]
+        rows = [["step", "conflicts", "lowest cos", "length", "cos to sum"]]
         rows[0] += [f"{title} {name}" for _, title in kinds for name in names]
         for index in range(max(len(found["step"]) - last, 0), len(found["step"])):
             row = [number(float(found[k][index]), spec) for k, spec in ALONE.items()]

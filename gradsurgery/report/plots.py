@@ -12,7 +12,7 @@ from gradsurgery.report.summary import SurgeryReport
 
 __all__ = ["ALONE", "BY_TASK", "figures", "plot", "whole"]
 
-ALONE = {"conflict_rate": ".0%", "lowest_cosine": "+.3f", "scale": ".3g", "turned": ".3f"}
+ALONE = {"conflict_rate": ".0%", "lowest_cosine": "+.3f", "scale": ".3g", "cosine_to_sum": ".3f"}
 """What there is one of at each step, with the format for tables."""
 BY_TASK = {"norms": "norm", "weights": "w", "effect": "g·Δθ"}
 """What there may be one of for each task, with its title in tables."""
@@ -35,7 +35,7 @@ def figures(report: SurgeryReport, effect: Tensor | None) -> dict[str, Tensor]:
         "weights": report.weights,
         "conflict_rate": torch.where(measured, report.conflicts.double() / pairs, torch.nan),
         "scale": report.scale,
-        "turned": report.turned,
+        "cosine_to_sum": report.cosine_to_sum,
     }
     return found if effect is None else found | {"effect": effect}
 
@@ -60,7 +60,7 @@ def whole(report: SurgeryReport, effect: Tensor | None) -> dict[str, Tensor]:
         "cosine": type(report)(report.names, gram, gram[..., 0]).cosine,
         "conflict_rate": found["conflict_rate"].mean(1),
         "scale": combined.sqrt() / plain.sqrt(),
-        "turned": (both / (plain.sqrt() * combined.sqrt())).clamp(-1, 1),
+        "cosine_to_sum": (both / (plain.sqrt() * combined.sqrt())).clamp(-1, 1),
     }
 
 
@@ -109,7 +109,7 @@ def _panels(names: tuple[str, ...], found: dict[str, Tensor]) -> list[_Panel]:
         middle = cosines.median(1).values
         cosines = torch.stack([found["lowest_cosine"], middle, cosines.amax(1)], 1)
         labels = ["lowest", "median", "highest"]
-    beside = torch.stack([found["scale"], found["turned"]], 1)
+    beside = torch.stack([found["scale"], found["cosine_to_sum"]], 1)
     rate = _running_mean(found["conflict_rate"])[:, None]
     panels = [
         _Panel("pairs in conflict", rate, ["running mean"]),

@@ -23,7 +23,7 @@ class SurgeryReport:
 
     With `scope="shared"` all of it is about the parameters that two or more tasks reach. With a
     loss scaler the gradients, and so `gram` and `norms`, are those of the scaled losses; cosines,
-    `weights`, `scale` and `turned` do not depend on the scale. With `metric="optimizer"` lengths
+    `weights`, `scale` and `cosine_to_sum` do not depend on the scale. With `metric="optimizer"` lengths
     and angles are those of that metric. [P, ...]: where the model was operated on in P parts.
 
     Attributes:
@@ -68,7 +68,7 @@ class SurgeryReport:
         return combined.sqrt() / plain.sqrt()
 
     @property
-    def turned(self) -> Tensor:
+    def cosine_to_sum(self) -> Tensor:
         """Cosine between Gᵀw and Σ_t g_t, 0-dim or [P]: 1 where the direction is the plain sum's.
 
         NaN where one of them is zero.
@@ -110,7 +110,7 @@ class SurgeryReport:
         pairs = len(names) * (len(names) - 1) // 2
         return (
             f"{table(rows)}\ncombined gradient: {number(float(self.scale), '.3g')} of the plain "
-            f"sum's length, cosine {number(float(self.turned), '.3f')} to it\n"
+            f"sum's length, cosine {number(float(self.cosine_to_sum), '.3f')} to it\n"
             f"{int(self.conflicts)} of {pairs} pairs in conflict"
         )
 
@@ -120,9 +120,9 @@ class SurgeryReport:
         first, second = torch.triu_indices(tasks, tasks, 1, device=self.gram.device)
         lowest, place = self.cosine[..., first, second].min(-1)
         counts, least, pairs = self.conflicts.tolist(), lowest.tolist(), place.tolist()
-        scale, turned = self.scale.tolist(), self.turned.tolist()
+        scale, cosine_to_sum = self.scale.tolist(), self.cosine_to_sum.tolist()
         order = sorted(range(len(self.parts)), key=lambda part: (-counts[part], least[part]))
-        rows = [["part", "conflicts", "lowest cos", "of", "length", "turned"]]
+        rows = [["part", "conflicts", "lowest cos", "of", "length", "cos to sum"]]
         for part in order[:_MOST_PARTS]:
             pair = self.names[first[pairs[part]]], self.names[second[pairs[part]]]
             rows.append(
@@ -132,7 +132,7 @@ class SurgeryReport:
                     number(least[part], "+.3f"),
                     ", ".join(pair),
                     number(scale[part], ".3g"),
-                    number(turned[part], ".3f"),
+                    number(cosine_to_sum[part], ".3f"),
                 ]
             )
         hidden = max(len(self.parts) - _MOST_PARTS, 0)

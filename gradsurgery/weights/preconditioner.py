@@ -69,8 +69,23 @@ def _divide(views: list[Tensor], by: Tensor) -> None:
     torch._foreach_div_(views, by.to(views[0].device, views[0].dtype, non_blocking=True))
 
 
+def _by_age(states: list[_State]) -> list[list[int]]:
+    """Which parameters have made the same number of steps: one that got no gradient made fewer.
+
+    Step counters on the host are read; those on a device, which nobody may wait for, are taken one
+    by one.
+    """
+    steps = [torch.as_tensor(state.get("step", 0.0), dtype=torch.float32) for state in states]
+    if any(step.device.type != "cpu" for step in steps):
+        return [[i] for i in range(len(steps))]
+    found: dict[float, list[int]] = {}
+    for i, step in enumerate(torch.stack(steps).tolist() if steps else ()):
+        found.setdefault(step, []).append(i)
+    return list(found.values())
+
+
 def _correction(states: list[_State], group: _Group) -> Tensor:
-    """1 - β₂^t, of the group's first parameter: they all began together."""
+    """1 - β₂^t, where all parameters have made as many steps."""
     correction: Tensor = 1 - group["betas"][1] ** torch.as_tensor(
         states[0]["step"], dtype=torch.float64
     )
@@ -140,8 +155,10 @@ def root_preconditioner(
                 for view, p in zip(views, here, strict=True)
                 if rule is not None and rule[2] in optimizer.state.get(p, {})
             ]
-            if with_state and rule is not None:
-                rule[1]([v for v, _ in with_state], [s for _, s in with_state], group)
+            for alike in _by_age([state for _, state in with_state]):
+                assert rule is not None
+                some = [with_state[i] for i in alike]
+                rule[1]([view for view, _ in some], [state for _, state in some], group)
             _divide(views, shares[number])
     for flat in flats:
         flat.rsqrt_()

@@ -86,12 +86,13 @@ class Solver:
         self.generator = torch.Generator().manual_seed(seed)
         self.partition = Partition(options, optimizer)
         self.tasks = TaskNames()
+        self._total = 0
         self._optimizer, self._metric = optimizer, options.metric
 
     @property
     def knows_weights(self) -> bool:
         """Whether the method needs no gradients, so that one backward pass does."""
-        return self.method.one_backward
+        return self.method.known_beforehand
 
     def check(
         self,
@@ -140,13 +141,13 @@ class Solver:
         if self._metric == "optimizer":
             roots = root_preconditioner(self._optimizer, layout, operated)
         if self.partition.whole and roots is None:
-            gram, resolution = rows.gram(operated, device)
+            gram, relative_error = rows.gram(operated, device)
         else:
             of = parts.of(layout.parameters)
-            gram, resolution = rows.grams(operated, of, len(parts), device, roots)
+            gram, relative_error = rows.grams(operated, of, len(parts), device, roots)
             if self.partition.whole:
                 gram = gram[0]
-        weights = self.weights(names, gram, values, resolution)
+        weights = self.weights(names, gram, values, relative_error)
         return SurgeryReport(names, gram, weights, parts.names)
 
     def weights(
@@ -154,14 +155,16 @@ class Solver:
         names: tuple[str, ...],
         gram: Tensor,
         values: Tensor | None,
-        resolution: float | None,
+        relative_error: float | None,
     ) -> Tensor:
         """The method's answer to M; what it keeps of tasks that are not there rests."""
         present, total = self.tasks.places(names), len(self.tasks.names)
-        some = self.method.only(present, total) if len(present) < total else nullcontext()
-        with some:
+        # Running state is of all tasks: some of them rest, or new ones have come.
+        differs = len(present) < total or (self.tasks.named and total != self._total)
+        self._total = total
+        with self.method.only(present, total) if differs else nullcontext():
             return self.method.weights(
-                gram, losses=values, generator=self.generator, resolution=resolution
+                gram, losses=values, generator=self.generator, relative_error=relative_error
             )
 
     def ask(

@@ -65,14 +65,14 @@ class FromLosses(Method):
     name = "from_losses"
     reads_gram = False
     reads_losses = True
-    one_backward = True
+    known_beforehand = True
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         assert losses is not None
         return 3 * losses / losses.sum()

@@ -70,7 +70,7 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
 MEASURING = tuple(
     name
     for name in gradsurgery.methods.available()
-    if not gradsurgery.methods.resolve(name).one_backward
+    if not gradsurgery.methods.resolve(name).known_beforehand
 )
 """The methods that look at gradients: a backward pass for each task."""
 

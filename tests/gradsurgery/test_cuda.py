@@ -86,7 +86,7 @@ def test_kernels_against_the_definition(count: int, width: int, dtype: torch.dty
         torch.backends.cuda.matmul.allow_tf32 = False
     lengths = reference.gram(gradients).diagonal().sqrt()
     error = (gram - reference.gram(gradients)).abs() / (lengths[:, None] * lengths)
-    assert float(error.max()) <= max(kernels.resolution(gradients), 1e-12)
+    assert float(error.max()) <= max(kernels.relative_error(gradients), 1e-12)
     wanted = reference.combine(gradients, weights)
     tolerance = torch.finfo(dtype).eps
     assert float((combined.double() - wanted).norm()) <= tolerance * float(wanted.norm())

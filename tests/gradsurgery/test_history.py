@@ -59,7 +59,7 @@ def test_every_surgery_is_recorded_as_its_report_says() -> None:
     assert history.names == ("task 0", "task 1", "task 2")
     assert found["step"].tolist() == [0, 1, 2, 3]
     for index, report in enumerate(reports):
-        for name in ("gram", "weights", "norms", "cosine", "scale", "turned"):
+        for name in ("gram", "weights", "norms", "cosine", "scale", "cosine_to_sum"):
             assert torch.equal(found[name][index], getattr(report, name)), name
         assert float(found["conflict_rate"][index]) == float(report.conflicts) / 3
     # AGS keeps the sum's length.
@@ -187,7 +187,9 @@ def test_parts_put_together_are_the_model() -> None:
     combined, plain_sum = torch.cat(rows, 1)
     turned = torch.nn.functional.cosine_similarity(combined, plain_sum, dim=0)
     header, line = history.table().splitlines()
-    assert header.split()[:6] == ["step", "conflicts", "lowest", "cos", "length", "turned"]
+    assert header.split()[:8] == [
+        "step", "conflicts", "lowest", "cos", "length", "cos", "to", "sum"
+    ]  # fmt: skip
     # As many digits as the table shows.
     assert float(line.split()[3]) == pytest.approx(
         float(combined.norm() / plain_sum.norm()), rel=5e-3

@@ -106,7 +106,7 @@ def test_invariant_1_methods_see_nothing_of_size_d() -> None:
         with pytest.raises(ValueError, match="T, T"):
             methods.resolve(name).weights(torch.ones(2, 1000))
         accepted = inspect.signature(methods.resolve(name).weights).parameters
-        assert list(accepted) == ["gram", "losses", "generator", "resolution"]
+        assert list(accepted) == ["gram", "losses", "generator", "relative_error"]
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -87,18 +87,18 @@ class FromLosses(Method):
     name: ClassVar[str] = "from_losses"
     reads_gram: ClassVar[bool] = False
     reads_losses: ClassVar[bool] = True
-    one_backward: ClassVar[bool] = True
+    known_beforehand: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._asked = 0
         self._seen: list[Tensor] = []
 
-    def _solve(
+    def solve(
         self,
         gram: Tensor,
         losses: Tensor | None,
         generator: torch.Generator | None,
-        resolution: float,
+        relative_error: float,
     ) -> Tensor:
         assert losses is not None
         self._asked += 1

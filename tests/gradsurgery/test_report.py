@@ -68,7 +68,7 @@ def parts_report() -> SurgeryReport:
     return SurgeryReport(("a", "b"), gram, weights, ("trunk", "neck", "idle"))
 
 
-def test_scale_and_turned_are_those_of_the_vectors() -> None:
+def test_scale_and_turnedare_those_of_the_vectors() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
     weights = torch.rand(4, 3, generator=generator, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_scale_and_turned_are_those_of_the_vectors() -> None:
     combined, plain = (weights[:, None] @ rows)[:, 0], rows.sum(1)
     torch.testing.assert_close(found.scale, combined.norm(dim=1) / plain.norm(dim=1))
     cosine = torch.nn.functional.cosine_similarity(combined, plain)
-    torch.testing.assert_close(found.turned, cosine)
+    torch.testing.assert_close(found.cosine_to_sum, cosine)
     # w = 1 takes the same operations, so the ratio is 1 to the bit.
     same = SurgeryReport(found.names, found.gram, torch.ones_like(weights), found.parts)
     assert same.scale.tolist() == [1.0] * 4

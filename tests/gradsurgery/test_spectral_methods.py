@@ -153,11 +153,13 @@ def test_pseudo_solve_of_dependent_gradients() -> None:
         unit = torch.nn.functional.normalize(rows, dim=-1)
         cosines = unit @ unit.mT
         right = torch.randn(2, count, generator=generator, dtype=torch.float64)
-        basis = basis_of(cosines, 1e-10)
+        tolerance = 1e-10
+        basis = basis_of(cosines, tolerance)
         assert basis.kept.sum(-1).tolist() == [rank, rank]
         torch.testing.assert_close(basis.factor @ basis.factor.mT, cosines, rtol=0, atol=1e-13)
         wanted = torch.linalg.pinv(cosines, rtol=1e-10) @ right[..., None]
-        torch.testing.assert_close(pseudo_solve(basis, right), wanted[..., 0], rtol=1e-8, atol=1e-9)
+        found = pseudo_solve(basis, right, tolerance)
+        torch.testing.assert_close(found, wanted[..., 0], rtol=1e-8, atol=1e-9)
 
 
 # ------------------------------------------------------------------ Aligned-MTL

@@ -47,7 +47,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter takes milliseconds for a program.
 WIDTHS = [0, 1, 127, 700] if INTERPRETED else [0, 1, 7, 127, 65_537, 3_000_001]
 COUNTS = [1, 2, 3, 5, 8, 9, 32, 64]
-# Relative to the product of two norms: what `resolution` promises on tensor cores, see there.
+# Relative to the product of two norms: what `relative_error` promises on tensor cores, see there.
 GRAM_TOLERANCE = {
     torch.float64: 1e-13,
     torch.float32: 1e-6,
@@ -89,7 +89,7 @@ def check(gradients: Tensor) -> None:
     found = kernels.gram(gradients, backend="triton")
     assert found.dtype == torch.float64
     assert gram_error(found, gradients) <= GRAM_TOLERANCE[dtype]
-    assert gram_error(found, gradients) <= max(kernels.resolution(gradients), 1e-13)
+    assert gram_error(found, gradients) <= max(kernels.relative_error(gradients), 1e-13)
     assert torch.equal(found, kernels.gram(gradients, backend="triton"))
     weights = torch.linspace(-2, 3, len(gradients), dtype=torch.float64, device=DEVICE)
     wanted = reference.combine(gradients, weights)
@@ -254,7 +254,7 @@ def test_at_most_eight_launches_between_backward_and_step(
 def test_segments(count: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(count)
     gradients = torch.randn(count, 4096, generator=generator).to(dtype).to(DEVICE)
-    tolerance = max(spans.resolution(gradients), 1e-13)
+    tolerance = max(spans.relative_error(gradients), 1e-13)
     # Neighbours, an empty one, gaps before, between and behind, and one of several chunks.
     check_spans(gradients, [(32, 64), (64, 64), (64, 1088), (1152, 1184), (1184, 4064)], tolerance)
 

@@ -394,11 +394,11 @@ def test_cr_mogm_by_its_definition_while_alpha_moves() -> None:
 def test_cr_mogm_asks_for_what_the_other_method_asks_for() -> None:
     for inner in (PCGrad(), Sum(), Random(), FAMO(), Rescaled("famo"), CRMOGM("stch")):
         outer = CRMOGM(inner)
-        for flag in ("reads_gram", "reads_losses", "one_backward"):
+        for flag in ("reads_gram", "reads_losses", "known_beforehand"):
             assert getattr(outer, flag) == getattr(inner, flag)
         measured = Rescaled(inner)
         assert measured.reads_gram
-        assert not measured.one_backward
+        assert not measured.known_beforehand
         assert measured.reads_losses == inner.reads_losses
 
 

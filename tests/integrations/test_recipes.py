@@ -153,11 +153,11 @@ class ClippedPCGrad(PCGrad):
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
 
-    def _solve(self, gram: Tensor, *rest: Any) -> Tensor:
+    def solve(self, gram: Tensor, *rest: Any) -> Tensor:
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         factors = (self.max_norm / norms).clamp(max=1)
         clipped = factors[..., None] * gram * factors[..., None, :]
-        return factors * super()._solve(clipped, *rest)
+        return factors * super().solve(clipped, *rest)
 
 
 def test_clipping_of_each_task() -> None:

@@ -108,17 +108,21 @@ static void equal_angles(struct basis *b, double tolerance, double *y, double *p
         for (long k = 0; k < n; k++) y[b->order[k]] = x[k];
     } else {
         /* W (WᵀW)⁻¹ (F_1 F_1ᵀ)⁻¹ (WᵀW)⁻¹ Wᵀ 1; WᵀW has eigenvalues of 1 and more. */
-        double x[MAX_TASKS] = {0}, *both = b->rest;
+        double x[MAX_TASKS] = {0}, terms[MAX_TASKS] = {0}, *both = b->rest;
         spread(b);
         memset(both, 0, sizeof(double) * n * n);
         for (long i = 0; i < n; i++) {
             const double *row = b->f + i * n;
             for (long j = 0; j < rank; j++) {
-                x[j] += row[j];
+                x[j] += row[j], terms[j] += fabs(row[j]);
                 if (row[j] == 0) continue;
                 for (long k = 0; k <= j; k++) both[j * n + k] += row[j] * row[k];
             }
         }
+        /* Dependent gradients are known up to an angle of sqrt(tolerance): what cancels by less than
+           that is no direction but rounding. */
+        for (long j = 0; j < rank; j++)
+            if (!(fabs(x[j]) > sqrt(tolerance) * terms[j])) x[j] = 0;
         for (long i = 0; i < rank; i++) {
             double *row = both + i * n;
             for (long j = 0; j < i; j++)
@@ -144,7 +148,7 @@ static void imtl_g(struct task *task)
         y[i] /= b.norm[i];
         sum += y[i], size += fabs(y[i]);
     }
-    if (!(fabs(sum) > 1e-12 * size)) return;
+    if (!(fabs(sum) > sqrt(task->numbers[0]) * size)) return;
     for (long i = 0; i < b.n; i++) task->weights[b.task[i]] = y[i] / sum;
 }
 
