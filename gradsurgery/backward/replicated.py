@@ -27,7 +27,7 @@ _ROWS_IN_FLIGHT = 2
 
 
 class Replicated:
-    """Where rows come from: means over the ranks of a process group.
+    """Rows are means over the ranks of a process group.
 
     Gradients come from `torch.autograd.grad`, not from p.grad: DistributedDataParallel's hooks, if
     the module has any, then never fire. As soon as a task's row is full, its mean over the ranks
@@ -45,9 +45,7 @@ class Replicated:
     """
 
     keeps_rows = False
-    """No rank holds a task's whole gradient."""
     waits_in_grad = False
-    """They wait in rows: p.grad is the mean over the ranks."""
 
     def __init__(self, optimizer: Optimizer, solver: Solver, options: Options, group: Any) -> None:
         self.optimizer, self.solver, self.options = optimizer, solver, options
@@ -75,7 +73,7 @@ class Replicated:
         return tasks
 
     def _values(self, tasks: Tasks) -> Tensor:
-        """The losses' values: of each task the mean over the ranks that have samples of it."""
+        """Of each task's loss the mean over the ranks that have samples of it."""
         there = [loss is not None for loss in tasks.losses]
         values = torch.zeros(2, len(there), dtype=torch.float64, device=tasks.device)
         values[1] = torch.tensor(there, dtype=torch.float64).to(tasks.device, non_blocking=True)

@@ -198,8 +198,8 @@ class History:
         Returns:
             For N records "step" [N] int64, and in float64 as in `SurgeryReport` "gram", "cosine"
             [N, T, T], "norms", "weights" [N, T], "scale", "cosine_to_sum" [N]; "conflict_rate" [N],
-            the share of pairs in conflict; with `step_effect` also "effect" [N, T]. With parts of the
-            model all but "step" and "effect" have P after N. NaN where nothing was measured.
+            the share of pairs in conflict; with `step_effect` also "effect" [N, T]. With parts of
+            the model all but "step" and "effect" have P after N. NaN where nothing was measured.
 
         Raises:
             RuntimeError: nothing was recorded yet.

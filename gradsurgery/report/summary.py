@@ -23,8 +23,9 @@ class SurgeryReport:
 
     With `scope="shared"` all of it is about the parameters that two or more tasks reach. With a
     loss scaler the gradients, and so `gram` and `norms`, are those of the scaled losses; cosines,
-    `weights`, `scale` and `cosine_to_sum` do not depend on the scale. With `metric="optimizer"` lengths
-    and angles are those of that metric. [P, ...]: where the model was operated on in P parts.
+    `weights`, `scale` and `cosine_to_sum` do not depend on the scale. With `metric="optimizer"`
+    lengths and angles are those of that metric. [P, ...]: where the model was operated on in P
+    parts.
 
     Attributes:
         names: the tasks, in the order of rows and columns below.

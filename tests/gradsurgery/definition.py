@@ -12,23 +12,19 @@ from gradsurgery.methods import Method
 
 
 class Definition:
-    """A plugin over the parameters `own`; `parts` has a list of them for each part of the model."""
+    """A plugin over its own parameters; `parts`: a list of them for each part, or None."""
 
-    def __init__(
-        self, own: Sequence[Tensor], method: Method, parts: Any = None, scope: str = "shared",
-        every: int = 1,
-    ) -> None:  # fmt: skip
+    def __init__(self, own: Any, method: Method, parts: Any, scope: str, every: int) -> None:
         self.own, self.method, self.parts, self.scope, self.every = own, method, parts, scope, every
         self.generator = torch.Generator().manual_seed(0)
         self.known: list[str] = []  # every task ever seen, in the order of first sight
         self.kept: Any = ([], None, 0)  # tasks and weights of the last solve, and its age
-        self.rows: dict[str, dict[Any, Tensor]] = {}  # task -> leaf -> gradient, of this step
+        self.rows: dict[str, Any] = {}  # task -> leaf -> gradient, of this step
         self.weights: Tensor | None = None
 
     def backward(
-        self, losses: Mapping[str, Tensor | None], leaves: Sequence[Tensor],
-        h: Mapping[Tensor, Tensor] | None = None, features: Sequence[Tensor] = (),
-        accumulate: bool = False,
+        self, losses: Mapping[str, Tensor | None], leaves: Sequence[Tensor], h: Any,
+        features: Sequence[Tensor], accumulate: bool,
     ) -> dict[Tensor, Tensor]:  # fmt: skip
         """The gradient of every leaf that a task reaches; `h` is the metric of each parameter."""
         given = {name: loss for name, loss in losses.items() if loss is not None}
@@ -47,20 +43,21 @@ class Definition:
         if self.weights is None and (self.method.known_beforehand or not accumulate):
             values = torch.stack([given[name].detach() for name in names])
             measured = [z for z in features if len(reached[z]) > 1] if features else operated
-            self.weights = self._weigh(names, values, measured, h or {})
+            self.weights = self._weigh(names, values, measured, h)
         if accumulate:
             return {}
         weights, rows, self.weights, self.rows = self.weights, self.rows, None, {}
         grads = {}
         for leaf in leaves:
             by_weights = leaf in operated and len(names) > 1
-            w = dict(zip(names, self._of_part(weights, leaf), strict=True))
-            terms = [rows[n][leaf] * (w[n] if by_weights else 1.0) for n in reached[leaf]]
+            own = weights[self._part(leaf)] if by_weights and weights.dim() == 2 else weights
+            w = dict(zip(names, own, strict=False)) if by_weights else dict.fromkeys(names, 1.0)
+            terms = [w[name] * rows[name][leaf] for name in reached[leaf]]
             if terms:
                 grads[leaf] = sum(terms[1:], terms[0])
         return grads
 
-    def _weigh(self, names: list[str], values: Tensor, over: Any, h: Any) -> Tensor:
+    def _weigh(self, names: list[str], values: Tensor, measured: Any, h: Any) -> Tensor:
         if len(names) == 1:
             return torch.ones(1, dtype=torch.float64)
         if self.kept[0] == names and self.kept[2] + 1 < self.every:
@@ -68,20 +65,15 @@ class Definition:
             return self.kept[1]
         whole = self.parts is None or self.method.known_beforehand
         gram = torch.zeros(1 if whole else len(self.parts), len(names), len(names)).double()
-        for p in over:
-            none = torch.zeros_like(p)
-            g = torch.stack([self.rows[n].get(p, none).flatten() for n in names])
-            gram[0 if whole else self._part(p)] += (g * torch.as_tensor(h.get(p, 1.0)).flatten()) @ g.T
+        for p in measured:
+            g = torch.stack([self.rows[n].get(p, torch.zeros_like(p)).flatten() for n in names])
+            scaled = g * h[p].flatten() if p in h else g
+            gram[0 if whole else self._part(p)] += scaled @ g.T
+        gram = gram[0] if whole else gram
         with self.method.only([self.known.index(n) for n in names], len(self.known)):
-            w = self.method.weights(
-                gram[0] if whole else gram, losses=values, generator=self.generator
-            )
+            w = self.method.weights(gram, losses=values, generator=self.generator)
         self.kept = names, w, 0
         return w
 
     def _part(self, p: Tensor) -> int:
         return next(i for i, part in enumerate(self.parts) if any(p is q for q in part))
-
-    def _of_part(self, weights: Tensor, leaf: Tensor) -> Tensor:
-        own = weights.dim() == 2 and any(leaf is p for p in self.own)
-        return weights[self._part(leaf)] if own else weights[0] if weights.dim() == 2 else weights

@@ -158,13 +158,9 @@ class Case:
                 names.remove(absent)
             there = {name: name != absent for name in names}
             leaves = self.inputs or list(self.net.parameters())
-            wanted = self.definition.backward(
-                {name: losses[name] if there[name] else None for name in names},
-                leaves,
-                h,
-                [z] if self.features else (),
-                accumulate=more,
-            )
+            here = {name: losses[name] if there[name] else None for name in names}
+            points = [z] if self.features else []
+            wanted = self.definition.backward(here, leaves, h, points, more)
             given = {name: others[name] if there[name] else None for name in names}
             self.plugin.backward(
                 given,

@@ -210,7 +210,7 @@ def test_orders_are_permutations_and_every_one_is_drawn(shared: bool) -> None:
 
 @pytest.mark.parametrize("tasks", [2, 3, 12])
 @pytest.mark.parametrize("name", WITH_KERNELS)
-def test_at_most_eight_launches_between_backward_and_step(
+def test_at_most_six_launches_between_backward_and_step(
     name: str, tasks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels of this library, counted where they are launched, and whatever else torch runs."""
@@ -245,7 +245,7 @@ def test_at_most_eight_launches_between_backward_and_step(
     # Memory, views, and the seed, which is drawn on the host.
     free = ("empty", "alias", "select", "slice", "detach", "expand", "randint")
     others = [name for name in moved if not name.removeprefix("aten::").startswith(free)]
-    assert len(launched) + len(others) <= 8, (launched, others)
+    assert len(launched) + len(others) <= 6, (launched, others)
     assert len(launched) >= (0 if not methods.resolve(name).reads_gram else 4)
 
 
