@@ -20,7 +20,7 @@ class Table(NamedTuple):
     parts: Tensor
     """[programs] int64: the part of each chunk."""
     firsts: Tensor
-    """[number + 1] int64: the first chunk of each part."""
+    """[part_count + 1] int64: the first chunk of each part."""
 
 
 _MOST_TABLES = 64
@@ -31,8 +31,8 @@ _captured: list[Table] = []
 
 def table_of(
     bounds: tuple[int, ...],
-    where: tuple[int, ...],
-    number: int,
+    parts: tuple[int, ...],
+    part_count: int,
     columns: int,
     most: int,
     device: torch.device,
@@ -41,16 +41,16 @@ def table_of(
 
     Args:
         bounds: start, stop, start, ... of the segments.
-        where: the part of each segment.
-        number: of parts.
+        parts: the part of each segment.
+        part_count: how many parts there are.
         columns: a chunk's length is a multiple of so many columns.
         most: about how many chunks there may be, and one more for each segment.
-        device: where the kernels run.
+        device: parts the kernels run.
     """
     total = sum(bounds[1::2]) - sum(bounds[::2])
     # As long as `most` programs together have all columns, and the segments' ends besides.
     length = max(math.ceil(math.ceil(total / most) / columns), 1) * columns
-    key = (bounds, where, number, length, device)
+    key = (bounds, parts, part_count, length, device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key not in _tables:
         if capturing:
@@ -69,25 +69,25 @@ def table_of(
 
 def _make_table(
     bounds: tuple[int, ...],
-    where: tuple[int, ...],
-    number: int,
+    parts: tuple[int, ...],
+    part_count: int,
     length: int,
     device: torch.device,
 ) -> Table:
     """Chunks of at most `length` columns; one copy to the device holds all of them."""
-    segments = sorted(zip(where, bounds[::2], bounds[1::2], strict=True))
+    segments = sorted(zip(parts, bounds[::2], bounds[1::2], strict=True))
     chunks = [
         (start, min(start + length, stop), part)
         for part, begin, stop in segments
         for start in range(begin, stop, length)
     ]
-    parts = [part for _, _, part in chunks]
-    firsts = [0] * (number + 1)
-    for part in parts:
+    of_chunks = [part for _, _, part in chunks]
+    firsts = [0] * (part_count + 1)
+    for part in of_chunks:
         firsts[part + 1] += 1
-    for part in range(number):
+    for part in range(part_count):
         firsts[part + 1] += firsts[part]
     flat = [end for start, stop, _ in chunks for end in (start, stop)]
-    moved = torch.tensor([*flat, *parts, *firsts], device="cpu").to(device, non_blocking=True)
+    moved = torch.tensor([*flat, *of_chunks, *firsts], device="cpu").to(device, non_blocking=True)
     ends, rest = moved[: len(flat)], moved[len(flat) :]
-    return Table(len(chunks), ends, rest[: len(parts)], rest[len(parts) :])
+    return Table(len(chunks), ends, rest[: len(of_chunks)], rest[len(of_chunks) :])

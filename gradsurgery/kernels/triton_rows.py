@@ -192,23 +192,25 @@ def gram(rows: Tensor) -> Tensor:
 def gram_segments(
     rows: Tensor,
     bounds: Sequence[int],
-    where: Sequence[int],
-    number: int,
+    parts: Sequence[int],
+    part_count: int,
     roots: Tensor | None,
 ) -> Tensor:
-    """M of each part, summed in float64: [T, D] -> [number, T, T]. Two launches.
+    """M of each part, summed in float64: [T, D] -> [part_count, T, T]. Two launches.
 
     Args:
         rows: real, T <= 64.
         bounds: start, stop, start, ... of segments, at multiples of 64 bytes.
-        where: the part of each segment.
-        number: of parts.
+        parts: the part of each segment.
+        part_count: how many parts there are.
         roots: None, or [D]: a factor for each column of all rows.
     """
     wide = not _halves_on_tensor_cores(rows)
     tile = _tile(len(rows), wide)
-    table = table_of(tuple(bounds), tuple(where), number, tile.columns, tile.programs, rows.device)
-    return _gram(rows, table, table.programs, roots, number, tile, wide)
+    table = table_of(
+        tuple(bounds), tuple(parts), part_count, tile.columns, tile.programs, rows.device
+    )
+    return _gram(rows, table, table.programs, roots, part_count, tile, wide)
 
 
 def _gram(
@@ -216,14 +218,14 @@ def _gram(
     table: Table | None,
     programs: int,
     roots: Tensor | None,
-    number: int,
+    part_count: int,
     tile: Tile,
     wide: bool,
 ) -> Tensor:
     count, width = rows.shape
     padded = triton.next_power_of_2(count)
     partial = rows.new_empty(programs, padded, padded, dtype=torch.float64)
-    out = rows.new_empty(number, count, count, dtype=torch.float64)
+    out = rows.new_empty(part_count, count, count, dtype=torch.float64)
     chunks = partial if table is None else table.chunks
     weighted = roots is not None
     constants: dict[str, Any] = {
@@ -240,21 +242,14 @@ def _gram(
         # What was multiplied by a factor is no 16-bit number any more.
         short = rows.dtype.itemsize == 2 and not weighted
         constants["PRECISION"] = "tf32" if short else "tf32x3"
-    where: tuple[Any, ...] = (
-        rows,
-        rows if roots is None else roots,
-        chunks,
-        partial,
-        width,
-        *rows.stride(),
-        count,
-    )
+    factors = rows if roots is None else roots
+    shape: tuple[Any, ...] = (width, *rows.stride(), count)
     if programs:
         constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-        launch(kernel, (programs,), rows, *where, **constants)
+        launch(kernel, (programs,), rows, factors, chunks, partial, *shape, **constants)
     firsts = partial if table is None else table.firsts
     sizes = {"P": padded, "N": 1024 // padded, "SEGMENTED": table is not None}
-    launch(sum_partials, (count, number), partial, out, firsts, programs, count, **sizes)
+    launch(sum_partials, (count, part_count), partial, out, firsts, programs, count, **sizes)
     return out
 
 
@@ -266,15 +261,15 @@ def combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> None:
 
 
 def combine_segments(
-    rows: Tensor, weights: Tensor, bounds: Sequence[int], where: Sequence[int], out: Tensor
+    rows: Tensor, weights: Tensor, bounds: Sequence[int], parts: Sequence[int], out: Tensor
 ) -> None:
-    """Over each segment out = Gᵀ w with its part's weights, [number, T]. One launch.
+    """Over each segment out = Gᵀ w with its part's weights, [part_count, T]. One launch.
 
     The arguments are those of `gram_segments`; `out` is [D] without gaps, and may be a row of G.
     """
-    number = len(weights)
+    part_count = len(weights)
     columns, most = COMBINE_COLUMNS, _COMBINE_PROGRAMS
-    table = table_of(tuple(bounds), tuple(where), number, columns, most, rows.device)
+    table = table_of(tuple(bounds), tuple(parts), part_count, columns, most, rows.device)
     if table.programs:
         _combine(rows, weights, out, table, table.programs)
 
@@ -285,21 +280,11 @@ def _combine(
     count, width = rows.shape
     weights = weights.contiguous()
     tables = (weights, weights) if table is None else (table.chunks, table.parts)
-    where: tuple[Any, ...] = (
-        rows,
-        weights,
-        out,
-        *tables,
-        width,
-        *rows.stride(),
-        out.stride(0),
-        count,
-    )
+    shape: tuple[Any, ...] = (width, *rows.stride(), out.stride(0), count)
     wide = tl.float64 if rows.dtype in (torch.float32, torch.float64) else tl.float32
     constants = {"B": COMBINE_COLUMNS, "ACC": wide, "SEGMENTED": table is not None}
-    launch(
-        combine_rows, (programs,), rows, weights, out, *where, **constants, num_warps=COMBINE_WARPS
-    )
+    arguments: tuple[Any, ...] = (weights, out, *tables, *shape)
+    launch(combine_rows, (programs,), rows, *arguments, **constants, num_warps=COMBINE_WARPS)
 
 
 def relative_error(rows: Tensor) -> float:
