@@ -46,8 +46,8 @@ class Diagnosis:
         cosine: mean over batches, [T, T].
         sign_agreement: for each pair the share of batches with the sign that most have, [T, T].
         norms: median over batches, [T].
-        turneddegrees: median angle between AGS's gradient and the plain sum's.
-        turnedshare: share of batches in which it is above `TURNED_DEGREES`.
+        turned_degrees: median angle between AGS's gradient and the plain sum's.
+        turned_share: share of batches in which it is above `TURNED_DEGREES`.
         ags_scale, pcgrad_scale: median of their gradient's length over the plain sum's.
         static_weights: AGS's mean weights over the batches, [T].
         static_cosine: median cosine between their gradient and AGS's, where AGS turns.
@@ -65,8 +65,8 @@ class Diagnosis:
     cosine: Tensor
     sign_agreement: Tensor
     norms: Tensor
-    turneddegrees: float
-    turnedshare: float
+    turned_degrees: float
+    turned_share: float
     ags_scale: float
     pcgrad_scale: float
     static_weights: Tensor
@@ -94,7 +94,7 @@ class Diagnosis:
             f"{float(self.cosine[pair]):+.2f}, the same sign in {agreement:.0%} of the batches"
             + ("" if agreement >= SETTLED else ": noise, or not settled"),
             f"norms          {listed} (largest over smallest {apart:.3g})",
-            f"AGS            {self.turneddegrees:.1f} degrees from the sum, "
+            f"AGS            {self.turned_degrees:.1f} degrees from the sum, "
             f"{self.ags_scale:.2f} of its length (PCGrad {self.pcgrad_scale:.2f})",
             f"price          {self.surgery_ms / self.sum_ms:.2f} times the sum's forward and "
             f"backward pass ({self.surgery_ms:.2f} ms, {self.sum_ms:.2f} ms)",
@@ -107,7 +107,7 @@ class Diagnosis:
         return "\n".join(lines)
 
     def _answer(self) -> str:
-        rate, share, angle = self.conflict_rate, self.turnedshare, self.turneddegrees
+        rate, share, angle = self.conflict_rate, self.turned_share, self.turned_degrees
         weights = ", ".join(f"{w:.2g}" for w in self.static_weights.tolist())
         turns = f"AGS turns the gradient in {share:.0%} of the batches (median {angle:.0f} degrees)"
         return {
@@ -223,8 +223,8 @@ def _conclude(probe: Probe, seed: int) -> Diagnosis:
         cosine=ags.cosine.mean(0),
         sign_agreement=torch.maximum(negative, 1 - negative),
         norms=ags.norms.median(0).values,
-        turneddegrees=float(angles.median()),
-        turnedshare=float(turns.double().mean()),
+        turned_degrees=float(angles.median()),
+        turned_share=float(turns.double().mean()),
         ags_scale=float(ags.scale.nanmedian()),
         pcgrad_scale=float(pcgrad.scale.nanmedian()),
         static_weights=static,
