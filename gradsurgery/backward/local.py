@@ -185,11 +185,11 @@ class Local:
         inputs: list[Tensor] | None,
     ) -> None:
         """One task's gradient, straight into its row; notes which parameters got any."""
-        rows, bit = self.rows, 1 << task
+        rows, parameters, bit = self.rows, self.rows.parameters, 1 << task
         indices = [i for i, mask in enumerate(expected) if mask >> task & 1]
         given: list[Tensor | None] = []
         for i in indices:
-            p, view = rows.parameters[i], rows.view(task, i)
+            p, view = parameters[i], rows.view(task, i)
             if p._post_accumulate_grad_hooks:
                 # Hooks may keep, replace or take away what they find: it is a tensor of its own.
                 p.grad = view.clone() if reached[i] & bit else None
@@ -202,7 +202,7 @@ class Local:
             with explain_donated_buffers():
                 loss.backward(retain_graph=retain, inputs=inputs)  # type: ignore[no-untyped-call]
         for i, handed, version in zip(indices, given, versions, strict=True):
-            p = rows.parameters[i]
+            p = parameters[i]
             found = p.grad
             p.grad = None
             if found is not None and found is handed and rows.is_in_place(task, i):
