@@ -36,6 +36,9 @@ FULLY_SHARD = [
     Setting("fully_shard blocks", checkpointed=True),
 ]
 LESS_WORK = [
+    # The first micro-batch's losses decide, wherever gradients come from.
+    Setting("bare", "famo", micro_batches=3),
+    Setting("fully_shard root", "famo", micro_batches=3),
     Setting("bare", every=3),
     Setting("ddp", every=4, micro_batches=2, scope="all"),
     Setting("fully_shard blocks", every=3),
