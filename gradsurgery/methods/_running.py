@@ -91,7 +91,7 @@ class RunningMethod(Method):
         return self._state
 
     def _move(self, valid: Tensor, **values: Tensor) -> None:
-        """Take new values where `valid`, [...] or [..., T]: what is not finite moves nothing."""
+        """Take new values where `valid` [...]; a step that is not finite moves nothing."""
         for name, value in values.items():
             held = self._state[name]
             mask = valid.reshape(valid.shape + (1,) * (held.dim() - valid.dim()))
@@ -135,10 +135,10 @@ class RunningMethod(Method):
 def there_of(losses: Tensor) -> tuple[Tensor, Tensor]:
     """Which tasks have a value, [..., T], and whether the weights can be known, [..., 1].
 
-    A loss that is NaN, as a mean over no samples is, says nothing about the other tasks: its own
-    state rests, and the others are weighed without it. If its gradient is NaN as well, the combined
-    one is, whatever its weight. An infinite loss is an overflow: nothing moves, and no weight is
-    finite.
+    A loss that is NaN, as a mean over no samples is, says nothing about the other tasks, which are
+    weighed without it. If its gradient is NaN as well, the combined one is, whatever its weight. An
+    infinite loss is an overflow: no weight is finite. With either no running state moves, as the
+    step may turn out to be skipped.
     """
     there = ~losses.isnan()
     valid = there.any(-1, keepdim=True) & ~losses.isinf().any(-1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.methods._base import Method, check_number
-from gradsurgery.methods._running import extended, narrowed, put_back, there_of
+from gradsurgery.methods._running import extended, narrowed, put_back
 from gradsurgery.methods._wrapping import Wrapping
 
 __all__ = ["CRMOGM"]
@@ -102,8 +102,7 @@ class CRMOGM(Wrapping):
         # where the other method does not read it: see `Rescaled`.
         valid = new.isfinite().all(-1, keepdim=True)
         if losses is not None:
-            there, known = there_of(losses)
-            valid = valid & known & there
+            valid = valid & losses.isfinite().all(-1, keepdim=True)
         average.copy_(torch.where(valid, mixed, average))
         return mixed
 

@@ -76,7 +76,7 @@ class DWA(RunningMethod):
         total, calls = state["total"] + losses, state["calls"] + 1
         over = calls >= self.period
         self._move(
-            there & valid,
+            losses.isfinite().all(-1),
             earlier=torch.where(over, state["last"], state["earlier"]),
             last=torch.where(over, total / calls, state["last"]),
             total=torch.where(over, 0.0, total),

@@ -89,13 +89,11 @@ class FAMO(RunningMethod):
 
     def _follow(self, logs: Tensor) -> None:
         state = self._state
+        z = state["logits"].softmax(-1)
         fall = state["before"] - logs
-        known = fall.isfinite()
-        z = softmax_of(state["logits"], known, known.any(-1, keepdim=True))
-        fall = torch.where(known, fall, 0.0)
         gradient = z * (fall - (z * fall).sum(-1, keepdim=True))
         logits, adam = Adam.step(state, state["logits"], gradient, self.lr, self.gamma)
-        self._move(known, logits=logits, **adam)
+        self._move(fall.isfinite().all(-1), logits=logits, **adam)
 
     def solve(
         self,
@@ -112,7 +110,7 @@ class FAMO(RunningMethod):
         valid = valid & ~(there & logs.isnan()).any(-1, keepdim=True)
         logs = torch.where(valid, logs, torch.nan)
         self._follow(logs)
-        self._move(logs.isfinite(), before=logs)
+        self._move(logs.isfinite().all(-1), before=logs)
         # (z / ℓ) / Σ (z / ℓ), in logarithms.
         return softmax_of(state["logits"].log_softmax(-1) - logs, there, valid)
 

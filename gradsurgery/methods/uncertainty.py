@@ -71,8 +71,8 @@ class Uncertainty(RunningMethod):
     ) -> Tensor:
         assert losses is not None
         state = self._begin(gram)
-        there, valid = there_of(losses)
+        _, valid = there_of(losses)
         precision = (-state["log_variance"]).exp()
         moved, adam = Adam.step(state, state["log_variance"], (1 - precision * losses) / 2, self.lr)
-        self._move(there & valid, log_variance=moved, **adam)
+        self._move(losses.isfinite().all(-1), log_variance=moved, **adam)
         return torch.where(valid, precision / 2, torch.nan)

@@ -77,6 +77,11 @@ class SurgeryReport:
         plain, combined, both = self._products()
         return (both / (plain.sqrt() * combined.sqrt())).clamp(-1, 1)
 
+    @property
+    def turned(self) -> Tensor:
+        """An older name of `cosine_to_sum`."""
+        return self.cosine_to_sum
+
     def _products(self) -> tuple[Tensor, Tensor, Tensor]:
         """1ᵀM1, wᵀMw and wᵀM1, the first two at least 0."""
         weights = self.weights.to(self.gram.dtype)

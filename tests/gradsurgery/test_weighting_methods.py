@@ -218,11 +218,10 @@ def test_famo_update_refuses_and_forgets() -> None:
     method.update(torch.tensor([NAN, 1.0]))
     method.update(torch.ones(2))
     ask(method, losses_of(2, 1))
-    # Of the first task the first was no number; after it, the second and the call had nothing to
-    # compare with.
-    assert method.state_dict()["steps"] == "[0.0, 1.0]"
+    # The first was not finite, the second and the call had nothing to compare with.
+    assert method.state_dict()["steps"] == "[0.0, 0.0]"
     ask(method, losses_of(2, 2))
-    assert method.state_dict()["steps"] == "[1.0, 2.0]"
+    assert method.state_dict()["steps"] == "[1.0, 1.0]"
 
 
 # ------------------------------------------------------- uncertainty, DWA, STCH
@@ -559,28 +558,22 @@ def test_what_is_not_finite_is_passed_on_and_forgotten(name: str, bad: float) ->
 
 @pytest.mark.parametrize("name", [name for name, make in EVERY.items() if make().reads_losses])
 def test_a_loss_that_is_nan_counts_as_absent(name: str) -> None:
-    """A mean over no samples: the others are weighed without it, and its state rests.
-
-    A parameter of every method that reads losses: the others' weights are those of a call in which
-    the task is left out by `only`.
-    """
+    """A mean over no samples: the others are weighed without it, and no state moves."""
     method, left_out = EVERY[name](), EVERY[name]()
     for each in (method, left_out):
         run(each, range(3))
+    before = method.state_dict()
     losses = losses_of(3, 7)
     losses[1] = NAN
     gram = gram_of(3)
     found = method.weights(gram, losses=losses, generator=seeded())
-    with left_out.only([0, 2], 3):
-        wanted = left_out.weights(
-            gram[[0, 2]][:, [0, 2]], losses=losses[[0, 2]], generator=seeded()
-        )
     assert found.isfinite().all()
-    if not method.reads_gram and "around" not in name and "rescaled" not in name:
+    assert method.state_dict() == before
+    if name in ("stch", "uncertainty", "dwa"):
+        with left_out.only([0, 2], 3):
+            some = losses[[0, 2]]
+            wanted = left_out.weights(gram[[0, 2]][:, [0, 2]], losses=some, generator=seeded())
         close(found[[0, 2]], wanted)
-        for one, other in zip(tensors_of(method), tensors_of(left_out), strict=True):
-            # What has not been seen yet is NaN.
-            torch.testing.assert_close(one, other, equal_nan=True)
 
 
 @every
