@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery.backward.checks import sparse_error
+from gradsurgery.distributed.wrappers import WRAPPED
 
-__all__ = ["backward_weighted", "explain_donated_buffers", "fill_views"]
+__all__ = ["backward_weighted", "explained", "fill_views"]
 
 # Elements from which on a gradient is copied as soon as it is there, and its memory goes back at
 # once; smaller ones are copied together in the end, by a few operations.
@@ -50,11 +51,13 @@ def backward_weighted(
 
 
 @contextmanager
-def explain_donated_buffers() -> Iterator[None]:
-    """Say what to do where a compiled model's graph does not outlive its first backward."""
+def explained() -> Iterator[None]:
+    """Say what to do where torch refuses a second backward pass for reasons of its own."""
     try:
         yield
     except RuntimeError as error:
+        if "ready only once" in str(error):
+            raise ValueError(WRAPPED) from error
         if "donated buffers" not in str(error):
             raise
         raise RuntimeError(

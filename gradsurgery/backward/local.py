@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradsurgery.backward.checks import check_inputs, check_parameters, refuse_sparse
-from gradsurgery.backward.differentiate import backward_weighted, explain_donated_buffers
+from gradsurgery.backward.differentiate import backward_weighted, explained
 from gradsurgery.backward.features import FeatureGradients, SharedFeatures, add_to_grad
 from gradsurgery.backward.graph import GraphSurvey, survey
 from gradsurgery.backward.losses import Given, loss_values, read_losses
@@ -199,7 +199,7 @@ class Local:
                 given.append(view)
         versions = [rows.version(task, i) for i in indices]
         if inputs is None or inputs:
-            with explain_donated_buffers():
+            with explained():
                 loss.backward(retain_graph=retain, inputs=inputs)  # type: ignore[no-untyped-call]
         for i, handed, version in zip(indices, given, versions, strict=True):
             p = parameters[i]
@@ -272,7 +272,7 @@ class Local:
         given = [(t, loss) for t, loss in enumerate(tasks.losses) if loss is not None]
         losses = [loss for _, loss in given]
         factors = [weights[t].to(loss.device, loss.dtype, non_blocking=True) for t, loss in given]
-        with explain_donated_buffers():
+        with explained():
             backward_weighted(
                 losses,
                 factors,

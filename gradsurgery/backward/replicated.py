@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.backward.agreement import Agreement
 from gradsurgery.backward.checks import refuse_inner_backward, sparse_error
-from gradsurgery.backward.differentiate import explain_donated_buffers, fill_views
+from gradsurgery.backward.differentiate import explained, fill_views
 from gradsurgery.backward.features import FeatureGradients, add_to_grad
 from gradsurgery.backward.selection import Plan, select
 from gradsurgery.backward.tasks import MicroBatches, Request, Settings, Tasks, trainable
@@ -163,7 +163,7 @@ class Replicated:
                 for i, (p, view) in enumerate(zip(plan.targets, views, strict=True))
                 if (not known and p.requires_grad) or tasks.graph.tasks_of(p) & bit
             }
-            with explain_donated_buffers():
+            with explained():
                 reached = fill_views(
                     [loss],
                     None,
@@ -251,7 +251,7 @@ class Replicated:
         losses = [loss for _, loss in given]
         factors = [weights[t].to(loss.device, loss.dtype, non_blocking=True) for t, loss in given]
         retain = tasks.request.retain_graph
-        with explain_donated_buffers():
+        with explained():
             if losses and (plain or plan.inputs):
                 keep = retain or bool(weighted)
                 reached |= fill_views(

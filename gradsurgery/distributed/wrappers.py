@@ -10,7 +10,14 @@ from torch import Tensor
 
 from gradsurgery._warn import warn_user
 
-__all__ = ["Collectives", "is_running", "refuse_flat_parameters", "warn_alone"]
+__all__ = ["WRAPPED", "Collectives", "is_running", "refuse_flat_parameters", "warn_alone"]
+
+WRAPPED = (
+    "a backward pass communicated with other processes: parameters are in DistributedDataParallel, "
+    "which averages the first task's gradient alone (or in another wrapper that reduces "
+    "gradients); pass process_group=torch.distributed.group.WORLD, with which the module stays as "
+    "it is"
+)
 
 
 def is_running() -> bool:
@@ -31,12 +38,7 @@ class Collectives:
     def refuse(self) -> None:
         """Raise ValueError where the backward pass since then has communicated."""
         if _count() != self._before:
-            raise ValueError(
-                "the backward pass of the first loss communicated with other processes: parameters "
-                "are in DistributedDataParallel, which averages the first task's gradient alone "
-                "(or in another wrapper that reduces gradients); pass "
-                "process_group=torch.distributed.group.WORLD, with which the module stays as it is"
-            )
+            raise ValueError(WRAPPED)
 
 
 def _count() -> list[int]:
