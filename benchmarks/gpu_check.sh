@@ -45,6 +45,9 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 
 summary=()
 failed=0
+# Lines of the log of a part that failed; the tests' failures are told by benchmarks.checks.
+shown=25
+[[ $mode == right ]] && shown=6
 
 # Whether a part was asked for, NAME.
 wanted() { ((${#only[@]} == 0)) || [[ " ${only[*]} " == *" $1 "* ]]; }
@@ -59,7 +62,7 @@ part() {
     echo "${summary[-1]}"
     if ((code)); then
         failed=1
-        tail -n 25 "$log"
+        tail -n "$shown" "$log"
     fi
 }
 
@@ -78,7 +81,7 @@ bench() {
 }
 
 versions() {
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null ||
         echo "no nvidia-smi"
     "$python" - <<'END'
 import importlib.metadata as metadata
@@ -94,13 +97,33 @@ for name in ("torch", "triton", "torchvision", "pytest", "pytest-xdist", "matplo
 END
 }
 
+# What is seen on a GPU alone, and the Triton kernels; --quick rehearses the former on the CPU, the
+# latter are in the slow tests. Processes share the GPU: compiling keeps the CPUs busy, not it.
 right() {
-    local limit=190 tests=(tests/gradsurgery/test_cuda.py) file options=()
-    for file in tests/gradsurgery/test_triton*.py; do
-        [[ $file == */test_triton_builds.py ]] || tests+=("$file")
-    done
-    part tests "$limit" "$python" -m pytest -q -p no:cacheprovider -o addopts= \
-        -o filterwarnings=default "${options[@]}" "${tests[@]}"
+    local limit=185 results=$logs/results.xml options=() tests=(tests/gradsurgery/test_cuda.py) file
+    if ((${#quick[@]})); then
+        limit=580
+        export GRADSURGERY_REHEARSAL=1 TRITON_INTERPRET=1
+    else
+        for file in tests/gradsurgery/test_triton*.py; do
+            [[ $file == */test_triton_builds.py ]] || tests+=("$file")
+        done
+    fi
+    if ! has pytest; then
+        skip tests "no pytest"
+        return
+    fi
+    has xdist && options+=(-n 8 --dist worksteal)
+    has pytest_timeout && options+=(--timeout 120)
+    export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=1
+    # Interrupted, not killed: pytest then still writes what it knows.
+    local run='import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))'
+    part tests $((limit + 10)) timeout --signal=INT "$limit" "$python" -c "$run" -q --tb=short \
+        -p no:cacheprovider -o addopts= -o filterwarnings=default --maxfail=200 \
+        --junitxml "$results" "${options[@]}" "${tests[@]}"
+    "$python" -m benchmarks.checks "$results" || failed=1
 }
 
 tune() {
