@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 __all__ = ["main"]
 
-_CASES_NAMED = 6
+_CASES_NAMED = 30
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Failure:
     """What several cases failed with."""
 
     text: str
-    cases: list[str] = field(default_factory=list)
+    cases: list[tuple[str, str]] = field(default_factory=list)
+    """Names and messages."""
 
 
 def read(path: Path) -> tuple[dict[str, Check], list[Failure]]:
@@ -59,15 +60,16 @@ def read(path: Path) -> tuple[dict[str, Check], list[Failure]]:
         else:
             check.counts["failed" if bad else "passed"] += 1
         for found in bad:
-            text = "\n".join(filter(None, (found.text or found.get("message", ""),)))
-            key = function, _without_numbers(found.get("message", ""))
-            failures.setdefault(key, Failure(text)).cases.append(f"{file}::{name}")
+            message = found.get("message", "").partition("\n")[0]
+            text = found.text or message
+            key = function, _without_numbers(message)
+            failures.setdefault(key, Failure(text)).cases.append((name, message))
     return checks, list(failures.values())
 
 
 def _without_numbers(message: str) -> str:
     """What two failures for one reason share."""
-    return re.sub(r"0x[0-9a-f]+|[-+]?\d[\d.e+-]*", "#", message.partition("\n")[0])
+    return re.sub(r"0x[0-9a-f]+|[-+]?\d[\d.e+-]*", "#", message)
 
 
 def shortened(text: str, lines: int) -> str:
@@ -93,10 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.results} cannot be read: {error}", file=sys.stderr)
         return 2
     for number, failure in enumerate(failures):
-        others = len(failure.cases) - _CASES_NAMED
-        named = ", ".join(case.partition("::")[2] for case in failure.cases[:_CASES_NAMED])
-        print(f"--- {len(failure.cases)} failed: {named}{f', {others} more' if others > 0 else ''}")
+        (first, _), *others = failure.cases
+        print(f"--- {len(failure.cases)} failed: {first}")
         print(shortened(failure.text, options.lines if number < options.errors else 2))
+        for name, message in others[:_CASES_NAMED]:
+            print(f"also {name}: {message[:160]}")
+        if len(others) > _CASES_NAMED:
+            print(f"and {len(others) - _CASES_NAMED} more")
     columns = ("passed", "failed", "skipped", "xfailed")
     width = max((len(name) for name in checks), default=5)
     print(f"\n{'check':{width}} {' '.join(f'{name:>7}' for name in columns)} seconds")
