@@ -343,7 +343,8 @@ def _summarise_pretraining(job: Job, held_out: Tensor) -> dict[str, Any]:
 
 
 def _deterministic() -> Any:
-    return torch.backends.cudnn.flags(benchmark=False, deterministic=True)
+    # Without enabled=True these flags would switch cuDNN off.
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
 
 
 @contextmanager

@@ -23,16 +23,14 @@ __all__ = ["STEPS", "draw_orders", "per_matrix"]
 _replays: dict[torch.device, Tensor] = {}
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "captured"])
 def random_orders(
-    orders, seed, replays,
-    T: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr, CAPTURED: tl.constexpr,
-):  # fmt: skip
+    orders, seed, replays, captured, T: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr
+):
     """orders[batch, i] = a random permutation of the tasks: each task's rank among random keys."""
     batch, i = tl.program_id(0), tl.program_id(1)
     row = batch * T + (0 if SHARED else i)
-    if CAPTURED:
-        row += tl.load(replays).to(tl.int32) * tl.num_programs(0) * T
+    row += captured * tl.load(replays).to(tl.int32) * tl.num_programs(0) * T
     j = tl.arange(0, P)
     key = tl.where(
         j < T, tl.randint(seed, row * P + j).to(tl.uint32, bitcast=True).to(tl.int64), 1 << 40
@@ -168,8 +166,9 @@ def draw_orders(shape: torch.Size, device: torch.device, *, shared: bool, seed: 
     orders = torch.empty(*shape, count, dtype=torch.int64, device=device)
     batch = orders.numel() // count**2
     sizes = {"T": count, "P": triton.next_power_of_2(count)}
-    constants = {"SHARED": shared, "CAPTURED": captured}
-    launch(random_orders, (batch, count), orders, seed, replays, **constants, **sizes)
+    # An argument, not a constant: a kernel of its own would be loaded while a graph is captured.
+    where = (orders, seed, replays, int(captured))
+    launch(random_orders, (batch, count), *where, SHARED=shared, **sizes)
     if captured:
         replays.add_(1)
     return orders

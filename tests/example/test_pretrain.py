@@ -23,6 +23,7 @@ from slam_ags_example.history import observe
 from slam_ags_example.objectives import OBJECTIVES, Batch, TrainingFacts
 from slam_ags_example.pretrain import TrainingSet, _parts, pretrain
 from slam_ags_example.schedule import steps_per_epoch, warm_up_then_cosine
+from slam_ags_example.stages import _deterministic
 
 DIGIT_VIEWS = DigitViews()
 
@@ -373,3 +374,9 @@ def test_embeddings_that_are_not_those_are_refused(tmp_path):
     write_embeddings(path, torch.zeros(1, 2), ["a"])
     with pytest.raises(ValueError, match="embed the patches again"):
         read_embeddings(path, ["b"])
+
+
+def test_deterministic_convolutions_still_run_on_cudnn():
+    with _deterministic():
+        assert torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.deterministic

@@ -103,9 +103,8 @@ def test_small_kernels_compile(count: int, capability: int) -> None:
         types = [number, number, order, "i32", "i32"]
         cases.append((triton_rows.sum_partials, types, constants))
     for shared in (True, False):
-        for captured in (True, False):
-            constants = {"SHARED": shared, "CAPTURED": captured}
-            cases.append((triton_tasks.random_orders, [order, "i32", order], constants | sizes))
+        types, constants = [order, "i32", order, "i32"], {"SHARED": shared, **sizes}
+        cases.append((triton_tasks.random_orders, types, constants))
     for kernel, types, constants in cases:
         assert compiled(kernel, types, constants, capability)
 
