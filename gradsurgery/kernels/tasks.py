@@ -2,14 +2,18 @@
 
 A step has up to three versions of one name: plain torch ops, which run everywhere, batched and
 without waiting for the device (`@step`, here or beside the method); C for the CPU
-(`csrc/*.c`, gradsurgery_NAME); Triton for CUDA (`triton_tasks.NAME`). The last two give NaN for a
-Gram matrix that is not finite, and leave running state as it is, themselves.
+(`csrc/*.c`, gradsurgery_NAME); Triton for CUDA (NAME in one of `_TRITON_MODULES`). The last two
+give NaN for a Gram matrix that is not finite, and leave running state as it is, themselves.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +27,7 @@ __all__ = ["guard", "run", "run_moving", "solve", "step"]
 _Plain = TypeVar("_Plain", bound=Callable[..., Any])
 _plain: dict[str, Callable[..., Any]] = {}
 _MOST_TASKS = 64
+_TRITON_MODULES = ("triton_tasks", "triton_quadratic", "triton_spectral")
 
 
 def step(name: str) -> Callable[[_Plain], _Plain]:
@@ -120,10 +125,14 @@ def _finite(gram: Tensor) -> Tensor:
 def _triton(name: str, gram: Tensor) -> Callable[..., Any] | None:
     if not on_triton(gram.device, gram.shape[-1]):
         return None
-    from gradsurgery.kernels import triton_tasks
+    found = (getattr(module, name, None) for module in _triton_modules())
+    return next((step for step in found if step is not None), None)
 
-    found: Callable[..., Any] | None = getattr(triton_tasks, name, None)
-    return found
+
+@functools.cache
+def _triton_modules() -> list[ModuleType]:
+    paths = (f"gradsurgery.kernels.{name}" for name in _TRITON_MODULES)
+    return [importlib.import_module(path) for path in paths if importlib.util.find_spec(path)]
 
 
 def _runs_native(name: str, gram: Tensor) -> bool:
