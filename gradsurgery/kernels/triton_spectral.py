@@ -70,7 +70,7 @@ def _choose(
 def _equal_angles(
     gram, batch, TOLERANCE: tl.constexpr, NOISE: tl.constexpr, T: tl.constexpr, P: tl.constexpr
 ):
-    """y = C⁺1, C y, n, and up to which share of its terms a sum of y is rounding; is M finite."""
+    """y = C⁺1, C y, n, up to which share of its terms a sum of y is rounding; is M finite."""
     i = tl.arange(0, P)
     row, column = i[:, None], i[None, :]
     m, finite = load_gram(gram, batch, T, P)
@@ -79,7 +79,7 @@ def _equal_angles(
     c, norms = scaled(m, P)
     there = norms > 0
     ones = tl.where(there, 1.0, 0.0).to(tl.float64)
-    swept, chosen, least, factor = _choose(c, ones, there, TOLERANCE, False, T, P)
+    swept, chosen, least, _ = _choose(c, ones, there, TOLERANCE, False, T, P)
     count, rank = tl.sum(ones, axis=0), tl.sum(tl.where(chosen, ones, 0.0), axis=0)
     kept = chosen[:, None] & chosen[None, :]
     back = tl.where(kept, -swept, 0.0)
@@ -87,7 +87,7 @@ def _equal_angles(
     y = product(back, ones)
     # Refined by one step with C itself.
     y += product(back, ones - product(c, y))
-    projected = ones
+    along = ones
     if rank < count:
         doubt = tl.full([], TOLERANCE, tl.float64) / least
         # (WᵀW)⁻¹, with a row of ones for each chosen gradient in W, is a block of the inverse of
@@ -97,18 +97,18 @@ def _equal_angles(
         sign = tl.where(chosen[:, None], 1.0, -1.0).to(tl.float64)
         both = spread + tl.where(row == column, sign, 0.0)
         for k in range(T):
-            both, line, pivot = _swept(both, k, P)
+            both = _swept(both, k, P)[0]
         both = tl.where(kept, -both, 0.0)
         taken = tl.where(chosen, ones, 0.0)
-        # Wᵀ1, then the coefficients of 1 projected on the range of C.
+        # Wᵀ1, and the square of 1 projected on the range of C.
         total = taken + tl.where(chosen, product(spread, ones - taken), 0.0)
         inner = product(both, total)
         square = tl.sum(total * inner, axis=0)
-        projected = inner + tl.where(chosen, 0.0, product(spread, inner))
         inner = product(both, product(back, inner))
         y = inner + tl.where(chosen, 0.0, product(spread, inner))
         y = tl.where(square > count * doubt * doubt, y, 0.0)
-    return y, projected, norms, doubt, finite
+        along = product(c, y)
+    return y, along, norms, doubt, finite
 
 
 @triton.jit
@@ -131,10 +131,10 @@ def config_one(
 ):
     """Equal cosines with every gradient, as long as the projections on it together."""
     batch, i = tl.program_id(0), tl.arange(0, P)
-    y, projected, norms, _, finite = _equal_angles(gram, batch, TOLERANCE, NOISE, T, P)
-    square = tl.sum(y * projected, axis=0)
+    y, along, norms, _, finite = _equal_angles(gram, batch, TOLERANCE, NOISE, T, P)
+    square = tl.sum(y * along, axis=0)
     sure = square > tl.full([], NOISE, tl.float64) * tl.sum(y * y, axis=0)
-    length = tl.sum(norms * projected, axis=0)
+    length = tl.sum(norms * along, axis=0)
     y = tl.where(sure, length / tl.where(sure, square, 1.0), 0.0) * y
     w = tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0)
     tl.store(out + batch * T + i, tl.where(finite, w, float("nan")), mask=i < T)

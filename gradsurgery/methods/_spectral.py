@@ -112,23 +112,22 @@ def equal_angles(
         noise: see `sum_rounding`.
 
     Returns:
-        y = C⁺1, C y = 1 projected on the range of C, and n, each [..., T]; and up to which share of
-        its terms a sum of y is rounding, [..., 1]: that of M, or what was counted as dependent,
-        beside the least pivot. Where the projection is no longer than that, y is zero.
+        y = C⁺1, C y and n, each [..., T]; and up to which share of its terms a sum of y is
+        rounding, [..., 1]: that of M, or what was counted as dependent, beside the least pivot.
+        Where 1, projected on the range of C, is no longer than that, y is zero.
     """
     cosines, norms = scale(gram)
     there = (norms > 0).to(gram.dtype)
     basis = basis_of(cosines, tolerance)
     deficient = ~basis.kept.all(-1, keepdim=True)
     doubt = torch.where(deficient, tolerance, noise) / basis.least
-    both = gram_factor(basis.spread, basis.kept)
-    x = torch.cholesky_solve(basis.spread.mT @ there[..., None], both)
-    projected = torch.where(deficient, (basis.spread @ x)[..., 0] * there, there)
-    defined = projected.square().sum(-1, keepdim=True) > (
-        there.sum(-1, keepdim=True) * doubt.square()
-    )
-    y = pseudo_solve(basis, there)
-    return torch.where(defined | ~deficient, y, 0.0), projected, norms, doubt
+    total = basis.spread.mT @ there[..., None]
+    inner = torch.cholesky_solve(total, gram_factor(basis.spread, basis.kept))
+    square = (total * inner).sum(-2)
+    defined = ~deficient | (square > there.sum(-1, keepdim=True) * doubt.square())
+    y = torch.where(defined, pseudo_solve(basis, there), 0.0)
+    along = torch.where(deficient, (cosines @ y[..., None])[..., 0], there)
+    return y, along, norms, doubt
 
 
 def pseudo_solve(basis: Basis, right: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ __all__ = ["ConFIG"]
 @tasks.step("config")
 def equal_angles(gram: Tensor, tolerance: float, noise: float) -> Tensor:
     """x = U⁺1 by its coefficients, times Σ_i g_i·x / ‖x‖²: [..., T, T] -> [..., T]."""
-    y, projected, norms, _ = _spectral.equal_angles(gram, tolerance, noise)
-    square = (y * projected).sum(-1)
+    y, along, norms, _ = _spectral.equal_angles(gram, tolerance, noise)
+    square = (y * along).sum(-1)
     # ‖x‖², of which rounding of C leaves no more unsure than that.
     there = square > noise * y.square().sum(-1)
-    length = (norms * projected).sum(-1)
+    length = (norms * along).sum(-1)
     factor = torch.where(there, length / torch.where(there, square, 1.0), 0.0)
     return divide_or_zero(factor[..., None] * y, norms)
 

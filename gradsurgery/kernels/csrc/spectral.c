@@ -95,14 +95,14 @@ static void spread(struct basis *b)
     for (long i = 0; i < n; i++) back(b->lower, b->f + i * n, b->rank, n);
 }
 
-/* y = C⁺ 1, and C y: 1 projected on the range of C. Returns up to which share of its terms a sum of y
-   is rounding: that of M, or what was counted as dependent, beside the least pivot. Where the
-   projection is no longer than that, so is y.
+/* y = C⁺ 1, and C y. Returns up to which share of its terms a sum of y is rounding: that of M, or what
+   was counted as dependent, beside the least pivot. Where 1, along on the range of C, is no
+   longer than that, y is zero.
    numbers: rank tolerance, rounding of a sum of T cosines. */
-static double equal_angles(struct basis *b, const double *numbers, double *y, double *projected)
+static double equal_angles(struct basis *b, const double *numbers, double *y, double *along)
 {
     double ones[MAX_TASKS], x[MAX_TASKS] = {0}, square = 0, *both = b->rest;
-    for (long i = 0; i < b->n; i++) ones[i] = projected[i] = 1;
+    for (long i = 0; i < b->n; i++) ones[i] = along[i] = 1;
     choose(b, numbers[0], ones);
     const long n = b->n, rank = b->rank;
     if (rank == n) {
@@ -133,11 +133,11 @@ static double equal_angles(struct basis *b, const double *numbers, double *y, do
     forth(both, x, rank, n);
     square = dot(x, x, rank);
     back(both, x, rank, n);
-    for (long i = 0; i < n; i++) projected[i] = dot(b->f + i * n, x, rank);
     forth(b->lower, x, rank, n), back(b->lower, x, rank, n);
     forth(both, x, rank, n), back(both, x, rank, n);
     for (long i = 0; i < n; i++)
         y[i] = square > n * doubt * doubt ? dot(b->f + i * n, x, rank) : 0;
+    for (long i = 0; i < n; i++) along[i] = dot(b->c + i * n, y, n);
     return doubt;
 }
 
@@ -145,8 +145,8 @@ static double equal_angles(struct basis *b, const double *numbers, double *y, do
 static void imtl_g(struct task *task)
 {
     struct basis b = scale(task);
-    double y[MAX_TASKS], projected[MAX_TASKS], sum = 0, size = 0;
-    const double doubt = equal_angles(&b, task->numbers, y, projected);
+    double y[MAX_TASKS], along[MAX_TASKS], sum = 0, size = 0;
+    const double doubt = equal_angles(&b, task->numbers, y, along);
     for (long i = 0; i < task->count; i++) task->weights[i] = 0;
     for (long i = 0; i < b.n; i++) {
         y[i] /= b.norm[i];
@@ -162,9 +162,9 @@ SOLVER(imtl_g, SCRATCH)
 static void config(struct task *task)
 {
     struct basis b = scale(task);
-    double y[MAX_TASKS], projected[MAX_TASKS];
-    equal_angles(&b, task->numbers, y, projected);
-    const double square = dot(y, projected, b.n), length = dot(b.norm, projected, b.n);
+    double y[MAX_TASKS], along[MAX_TASKS];
+    equal_angles(&b, task->numbers, y, along);
+    const double square = dot(y, along, b.n), length = dot(b.norm, along, b.n);
     /* ‖x‖², of which rounding of C leaves no more unsure than that. */
     const double factor = square > task->numbers[1] * dot(y, y, b.n) ? length / square : 0;
     for (long i = 0; i < task->count; i++) task->weights[i] = 0;
