@@ -2,13 +2,15 @@
 
 A step has up to three versions of one name: plain torch ops, which run everywhere, batched and
 without waiting for the device (`@step`, here or beside the method); C for the CPU
-(`csrc/*.c`, gradsurgery_step_NAME); Triton for CUDA (`triton_tasks.STEPS`). The last two give NaN
-for a Gram matrix that is not finite, and leave running state as it is, themselves.
+(`csrc/*.c`, gradsurgery_step_NAME); Triton for CUDA (`STEPS` of `_TRITON_MODULES`). The last two
+give NaN for a Gram matrix that is not finite, and leave running state as it is, themselves.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +25,7 @@ __all__ = ["guard", "run", "run_moving", "solve", "step"]
 _Plain = TypeVar("_Plain", bound=Callable[..., Any])
 _plain: dict[str, Callable[..., Any]] = {}
 _MOST_TASKS = 64
+_TRITON_MODULES = ("triton_tasks", "triton_barrier", "triton_spectral")
 
 
 def step(name: str) -> Callable[[_Plain], _Plain]:
@@ -132,10 +135,16 @@ def _finite(gram: Tensor) -> Tensor:
 def _triton(name: str, gram: Tensor) -> Callable[..., Any] | None:
     if not on_triton(gram.device, gram.shape[-1]):
         return None
-    from gradsurgery.kernels import triton_tasks
+    return _triton_steps().get(name)
 
-    found: Any = triton_tasks.STEPS.get(name)
-    return found  # type: ignore[no-any-return]
+
+@functools.cache
+def _triton_steps() -> dict[str, Callable[..., Any]]:
+    """Those that have a Triton version, whose modules need Triton."""
+    found: dict[str, Callable[..., Any]] = {}
+    for module in _TRITON_MODULES:
+        found |= importlib.import_module(f"gradsurgery.kernels.{module}").STEPS
+    return found
 
 
 def _runs_native(name: str, gram: Tensor) -> bool:

@@ -10,20 +10,18 @@ from torch import Tensor
 from gradsurgery.kernels import tasks
 from gradsurgery.methods._base import Method
 from gradsurgery.methods._projection import divide_or_zero
-from gradsurgery.methods._quadratic import scale
-from gradsurgery.methods._spectral import basis_of, pseudo_solve, rank_tolerance
+from gradsurgery.methods._spectral import equal_angles, rank_tolerance, sum_rounding
 
 __all__ = ["IMTLG"]
 
 
 @tasks.step("imtl_g")
-def equal_projections(gram: Tensor, tolerance: float) -> Tensor:
+def equal_projections(gram: Tensor, tolerance: float, noise: float) -> Tensor:
     """C⁺1 / n, divided by its sum: [..., T, T] -> [..., T]."""
-    cosines, norms = scale(gram)
-    y = pseudo_solve(basis_of(cosines, tolerance), (norms > 0).to(gram.dtype), tolerance)
+    y, _, norms, doubt = equal_angles(gram, tolerance, noise)
     w = divide_or_zero(y, norms)
     total, size = w.sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
-    return divide_or_zero(w, torch.where(total.abs() > tolerance**0.5 * size, total, 0.0))
+    return divide_or_zero(w, torch.where(total.abs() > doubt * size, total, 0.0))
 
 
 class IMTLG(Method):
@@ -31,10 +29,11 @@ class IMTLG(Method):
 
     So w ∝ C⁻¹1 / n with C the cosines and n the norms. Weights may be negative.
 
-    Deviations from the paper: where C is singular the least-squares solution of least norm is taken
-    (the paper's closed form has no value); where its weights sum to zero, up to the accuracy of M,
-    they are all zero (exactly opposite gradients); a task without gradient has no direction and
-    gets 0.
+    Deviations from the paper: a task without gradient has no direction and gets 0. Where C is
+    singular the least-squares solution of least norm is taken (the paper's closed form has no
+    value). Where it is zero, as for opposite gradients, or its weights sum to zero, all weights are
+    zero. Zero is what no longer exceeds the rounding of M, or the tolerance up to which a gradient
+    counts as dependent, divided by the least squared sine among the independent ones.
 
     Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, equation 6.
 
@@ -53,4 +52,5 @@ class IMTLG(Method):
         generator: torch.Generator | None,
         relative_error: float,
     ) -> Tensor:
-        return tasks.run("imtl_g", gram, numbers=(rank_tolerance(gram, relative_error),))
+        numbers = (rank_tolerance(gram, relative_error), sum_rounding(gram, relative_error))
+        return tasks.run("imtl_g", gram, numbers=numbers)

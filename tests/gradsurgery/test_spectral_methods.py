@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import mpmath
 import numpy as np
 import pytest
 import torch
 import torchjd.aggregation
+from conditions import (
+    FAMILIES_TO_PROJECT,
+    RANKS,
+    WELL_POSED,
+    barely_dependent,
+    check_aligned,
+    check_equal_angles,
+    check_no_conflict,
+    check_opposite,
+    check_partly_dependent,
+    check_projections,
+    cosines_of,
+)
 from families import COUNTS, FAMILIES, gradients_of
 from test_invariants import crossings, recorded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradsurgery.kernels import native, tasks
+from gradsurgery.methods import resolve
 from gradsurgery.methods._base import Method
 from gradsurgery.methods._spectral import basis_of, pseudo_solve
 from gradsurgery.methods.aligned_mtl import AlignedMTL, align
@@ -20,7 +33,6 @@ from gradsurgery.methods.config import ConFIG, equal_angles
 from gradsurgery.methods.gradops import GradOPS, project_out
 from gradsurgery.methods.imtl_g import IMTLG, equal_projections
 
-OPTIMAL = 1e-6
 METHODS = (IMTLG(), ConFIG(), GradOPS(), AlignedMTL())
 TORCHJD = {
     ConFIG: torchjd.aggregation.ConFIG(),
@@ -31,7 +43,6 @@ TORCHJD = {
 CLOSE = {"rtol": 1e-8, "atol": 1e-8}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-WELL_POSED = ("independent", "agreeing", "conflicting")
 well_posed = pytest.mark.parametrize("family", WELL_POSED)
 
 
@@ -49,14 +60,6 @@ def cases(family: str, version: str) -> list[Tensor]:
     return [gradients_of(family, count) for count in counts]
 
 
-def cosines_of(gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """C and n of the tasks that have a gradient, and which these are."""
-    norms = gradients.norm(dim=1)
-    there = norms > 0
-    unit = gradients[there] / norms[there, None]
-    return unit @ unit.T, norms[there], there
-
-
 def combined(gradients: Tensor, method: Method) -> Tensor:
     return gradients.T @ method.weights(gradients @ gradients.T)
 
@@ -64,43 +67,11 @@ def combined(gradients: Tensor, method: Method) -> Tensor:
 # ------------------------------------------------------------ IMTL-G and ConFIG
 
 
-def check_pseudo_solution(cosines: Tensor, y: Tensor) -> None:
-    """C (C y - 1) = 0 beside its terms, and y has nothing in the null space of C.
-
-    That is C⁺1 whatever is taken for the rank, which C, good to 1e-16, does not tell: the tolerance
-    is 1e-10, and so is what C may differ by from the matrix that is inverted.
-    """
-    terms = cosines.abs() @ (cosines.abs() @ y.abs() + 1)
-    assert ((cosines @ (cosines @ y - 1)).abs() <= OPTIMAL * terms).all()
-    values, vectors = np.linalg.eigh(cosines.numpy())
-    # T roundings of entries up to 1.
-    null = torch.from_numpy(vectors[:, values <= 4e-16 * len(y)])
-    assert ((null.T @ y).abs() <= OPTIMAL * (null.abs().T @ y.abs())).all()
-
-
 @every_family
 def test_pseudo_inverse_times_one(family: str, version: str) -> None:
-    """Of ConFIG's weights up to a factor; IMTL-G's are the same up to another."""
     for gradients in cases(family, version):
-        cosines, norms, there = cosines_of(gradients)
         gram = gradients @ gradients.T
-        impartial, config = IMTLG().weights(gram), ConFIG().weights(gram)
-        assert impartial.isfinite().all()
-        assert config.isfinite().all()
-        assert not impartial[~there].any()
-        assert not config[~there].any()
-        if impartial.any():
-            # Σ_t w_t cancels to 1 at 1e-12 of its terms at worst: see `equal_projections`.
-            assert float((impartial).sum()) == pytest.approx(
-                1, abs=1e-15 * len(gram) * float(impartial.abs().sum())
-            )
-        for weights in (impartial, config):
-            y = weights[there] * norms
-            product = cosines @ y
-            if not y.any() or float(product.norm()) <= 1e-6 * float(y.norm()):
-                continue
-            # For y = f C⁺1, C y = f P1 with P the projection on C's range: f = ‖C y‖² / 1ᵀC y.
-            check_pseudo_solution(cosines, y * float(product.sum() / product.square().sum()))
+        check_equal_angles(gradients, IMTLG().weights(gram), ConFIG().weights(gram))
 
 
 @well_posed
@@ -145,6 +116,22 @@ def test_opposite_gradients_have_no_common_direction(version: str) -> None:
     assert combined(gradients, ConFIG()).norm() == 0
 
 
+@pytest.mark.parametrize("name", ["imtl_g", "config"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 1.01, 3.0])
+def test_opposite_gradients_in_any_precision(name: str, dtype: torch.dtype, factor: float) -> None:
+    """Losses L and -factor L: only rounding has a direction, and it counts as none."""
+    step = {"imtl_g": equal_projections, "config": equal_angles}[name]
+    eps = torch.finfo(dtype).eps
+
+    def by_torch(gram: Tensor) -> Tensor:
+        return step(gram.double(), max(8 * eps, 1e-10), 8 * eps)
+
+    for seed in range(20):
+        for weights in (resolve(name).weights, by_torch):
+            check_opposite(weights, factor, dtype, seed)
+
+
 def test_pseudo_solve_of_dependent_gradients() -> None:
     """Against NumPy: both are good to rounding times the condition number on the range, 1e3."""
     for count, rank in ((3, 1), (8, 3), (40, 13)):
@@ -158,54 +145,27 @@ def test_pseudo_solve_of_dependent_gradients() -> None:
         assert basis.kept.sum(-1).tolist() == [rank, rank]
         torch.testing.assert_close(basis.factor @ basis.factor.mT, cosines, rtol=0, atol=1e-13)
         wanted = torch.linalg.pinv(cosines, rtol=1e-10) @ right[..., None]
-        found = pseudo_solve(basis, right, tolerance)
+        found = pseudo_solve(basis, right)
         torch.testing.assert_close(found, wanted[..., 0], rtol=1e-8, atol=1e-9)
 
 
 # ------------------------------------------------------------------ Aligned-MTL
 
 
-def aligned(gradients: Tensor, rank: int) -> Tensor:
-    """σ_min V Σ⁻¹ Vᵀ 1/T by 120 digits, for the M that has `rank` eigenvalues."""
-    count = len(gradients)
-    with mpmath.workdps(120):
-        rows = mpmath.matrix(gradients.tolist())
-        values, vectors = mpmath.eigsy(rows * rows.T)
-        kept = sorted(range(count), key=lambda k: values[k])[count - rank :]
-        least = min(values[k] for k in kept)
-        w = [mpmath.mpf(0)] * count
-        for k in kept:
-            share = mpmath.sqrt(least / values[k]) * sum(vectors[:, k]) / count
-            w = [w[i] + share * vectors[i, k] for i in range(count)]
-    return torch.tensor([float(x) for x in w], dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("family", "ranks"),
-    [
-        *[(family, {2: 2, 3: 3, 8: 8}) for family in WELL_POSED],
-        ("norms 1e-12 to 1e12", {2: 2, 3: 3, 8: 8}),
-        ("norms 1e-12 to 1e12, few dimensions", {3: 2, 8: 2}),
-        ("one giant", {2: 2, 3: 3, 8: 8}),
-        ("one dwarf", {2: 2, 3: 3, 8: 8}),
-        ("stationary", {2: 1, 3: 2, 8: 7}),
-        ("few dimensions", {2: 1, 3: 1, 8: 2}),
-        ("zero rows", {2: 1, 3: 2, 8: 5}),
-        ("parallel", {2: 1, 3: 1, 8: 1}),
-        ("opposite", {2: 1, 3: 1, 8: 1}),
-        ("equal", {2: 1, 3: 1, 8: 1}),
-    ],
-)
+@pytest.mark.parametrize(("family", "ranks"), RANKS)
 def test_aligned_mtl_to_many_digits(family: str, ranks: dict[int, int], version: str) -> None:
-    """Each task's part w_i g_i beside the longest: float64 and the integral's error, 1e-12."""
     for count, rank in ranks.items():
         gradients = gradients_of(family, count)
-        found, wanted = AlignedMTL().weights(gradients @ gradients.T), aligned(gradients, rank)
-        norms = gradients.norm(dim=1)
-        size = (wanted.abs() * norms).max()
-        # Where w cancels to nothing, beside the terms of the sum over components.
-        size = max(float(size), 1e-6 * float(norms[norms > 0].min()) / count)
-        assert ((found - wanted).abs() * norms <= 1e-9 * size).all()
+        check_aligned(gradients, AlignedMTL().weights(gradients @ gradients.T), rank)
+
+
+def test_aligned_mtl_of_gradients_that_are_dependent_up_to_rounding() -> None:
+    """One longer gradient would be 1e25 times a shorter one that rounding made independent."""
+    gram = barely_dependent()
+    for weights in (AlignedMTL().weights(gram), align(gram, 8 * torch.finfo(gram.dtype).eps)):
+        assert weights.isfinite().all()
+        # None of its parts is longer than the weakest component.
+        assert (weights.abs() * gram.diagonal().sqrt()).max() <= 1e-6
 
 
 @well_posed
@@ -234,36 +194,23 @@ def test_aligned_mtl_is_no_longer_than_any_gradient(family: str, version: str) -
 # ---------------------------------------------------------------------- GradOPS
 
 
-def by_projection(gradients: Tensor) -> Tensor:
-    """One gradient at a time, by least squares on all others."""
-    total = torch.zeros_like(gradients[0])
-    for i, row in enumerate(gradients):
-        others = torch.cat([gradients[:i], gradients[i + 1 :]])
-        if (others @ row < 0).any():
-            fit = np.linalg.lstsq(others.T.numpy(), row.numpy(), rcond=None)[0]
-            row = row - others.T @ torch.from_numpy(fit)
-        total += row
-    return total
-
-
-@pytest.mark.parametrize(
-    "family", [*WELL_POSED, "few dimensions", "stationary", "zero rows", "opposite"]
-)
+@pytest.mark.parametrize("family", FAMILIES_TO_PROJECT)
 def test_gradops_is_its_definition(family: str, version: str) -> None:
-    """Rounding times M's condition number, up to 1e4."""
     for count in (1, 2, 3, 8, 40):
         gradients = gradients_of(family, count)
-        found, wanted = combined(gradients, GradOPS()), by_projection(gradients)
-        assert (found - wanted).abs().max() <= 1e-9 * gradients.norm(dim=1).max()
+        check_projections(gradients, GradOPS().weights(gradients @ gradients.T))
 
 
 @every_family
 def test_gradops_conflicts_with_no_gradient(family: str, version: str) -> None:
-    """Strongly non-conflicting: g_i'·g_j >= 0 for each i, so for their sum, beside its terms."""
     for gradients in cases(family, version):
-        cosines, norms, there = cosines_of(gradients)
-        y = GradOPS().weights(gradients @ gradients.T)[there] * norms
-        assert (cosines @ y >= -OPTIMAL * (cosines.abs() @ y.abs())).all()
+        check_no_conflict(gradients, GradOPS().weights(gradients @ gradients.T))
+
+
+def test_gradops_where_some_gradients_depend_on_each_other() -> None:
+    """Two are independent and conflict, two are opposite: (0.8, 0.4, 0) + (0, 2, 0)."""
+    for weights in (GradOPS().weights, lambda gram: project_out(gram, 1e-10, 1e-15)):
+        check_partly_dependent(weights)
 
 
 # ------------------------------------------------------------------ all of them
@@ -292,8 +239,8 @@ def test_a_common_scale(method: Method, scale: float, version: str) -> None:
 
 
 STEPS = (
-    ("imtl_g", equal_projections, (1e-10,)),
-    ("config", equal_angles, (1e-10,)),
+    ("imtl_g", equal_projections, (1e-10, 1e-14)),
+    ("config", equal_angles, (1e-10, 1e-14)),
     ("gradops", project_out, (1e-10, 1e-15)),
     ("aligned_mtl", align, (1e-13,)),
 )

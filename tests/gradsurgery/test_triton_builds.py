@@ -13,27 +13,12 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+compiled = pytest.importorskip("compiled").compiled
 triton_rows = pytest.importorskip("gradsurgery.kernels.triton_rows")
 triton_tasks = pytest.importorskip("gradsurgery.kernels.triton_tasks")
 
 HERE = Path(__file__).parent
 TYPES = ["fp16", "bf16", "fp32", "fp64"]
-
-
-def compiled(kernel: Any, types: list[str], constants: dict[str, Any], capability: int) -> bytes:
-    """The machine code of a kernel, as its launch with arguments of these types would make it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
-    ordered = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, signature=ordered, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    # What an H100 has for one block; an A100 has 163 KiB.
-    assert built.metadata.shared <= 160 * 1024
-    code: bytes = built.asm["cubin"]
-    return code
 
 
 CAPABILITIES = [pytest.param(80, marks=pytest.mark.slow), 90]

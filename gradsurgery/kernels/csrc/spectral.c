@@ -12,6 +12,7 @@ static const double PI = 3.14159265358979323846;
 
 struct basis {
     long n, rank;
+    double least;          /* pivot: the squared sine of the angle to the span of those before */
     long task[MAX_TASKS];  /* those that have a gradient */
     long order[MAX_TASKS]; /* of these, the independent ones */
     double norm[MAX_TASKS];
@@ -50,6 +51,7 @@ static void choose(struct basis *b, double tolerance, const double *weight)
     double left[MAX_TASKS];
     int taken[MAX_TASKS] = {0};
     for (long i = 0; i < n; i++) left[i] = 1;
+    b->least = INFINITY;
     memset(b->f, 0, sizeof(double) * n * n);
     for (b->rank = 0; b->rank < n; b->rank++) {
         const long k = b->rank;
@@ -60,7 +62,7 @@ static void choose(struct basis *b, double tolerance, const double *weight)
                 at = i, most = left[i] * weight[i];
         if (at < 0) break;
         const double *mine = b->f + at * n, pivot = sqrt(left[at]);
-        taken[at] = 1, b->order[k] = at;
+        taken[at] = 1, b->order[k] = at, b->least = fmin(b->least, left[at]);
         for (long i = 0; i < n; i++) {
             if (taken[i] && i != at) continue;
             double *row = b->f + i * n;
@@ -93,62 +95,64 @@ static void spread(struct basis *b)
     for (long i = 0; i < n; i++) back(b->lower, b->f + i * n, b->rank, n);
 }
 
-/* y = C⁺ 1, and C y. */
-static void equal_angles(struct basis *b, double tolerance, double *y, double *product)
+/* y = C⁺ 1, and C y. Returns up to which share of its terms a sum of y is rounding: that of M, or what
+   was counted as dependent, beside the least pivot. Where 1, along on the range of C, is no
+   longer than that, y is zero.
+   numbers: rank tolerance, rounding of a sum of T cosines. */
+static double equal_angles(struct basis *b, const double *numbers, double *y, double *along)
 {
-    double ones[MAX_TASKS];
-    for (long i = 0; i < b->n; i++) y[i] = ones[i] = 1;
-    choose(b, tolerance, ones);
+    double ones[MAX_TASKS], x[MAX_TASKS] = {0}, square = 0, *both = b->rest;
+    for (long i = 0; i < b->n; i++) ones[i] = along[i] = 1;
+    choose(b, numbers[0], ones);
     const long n = b->n, rank = b->rank;
     if (rank == n) {
-        double x[MAX_TASKS];
         for (long k = 0; k < n; k++) x[k] = 1;
         forth(b->lower, x, n, n);
         back(b->lower, x, n, n);
         for (long k = 0; k < n; k++) y[b->order[k]] = x[k];
-    } else {
-        /* W (WᵀW)⁻¹ (F_1 F_1ᵀ)⁻¹ (WᵀW)⁻¹ Wᵀ 1; WᵀW has eigenvalues of 1 and more. */
-        double x[MAX_TASKS] = {0}, terms[MAX_TASKS] = {0}, *both = b->rest;
-        spread(b);
-        memset(both, 0, sizeof(double) * n * n);
-        for (long i = 0; i < n; i++) {
-            const double *row = b->f + i * n;
-            for (long j = 0; j < rank; j++) {
-                x[j] += row[j], terms[j] += fabs(row[j]);
-                if (row[j] == 0) continue;
-                for (long k = 0; k <= j; k++) both[j * n + k] += row[j] * row[k];
-            }
-        }
-        /* Dependent gradients are known up to an angle of sqrt(tolerance): what cancels by less than
-           that is no direction but rounding. */
-        for (long j = 0; j < rank; j++)
-            if (!(fabs(x[j]) > sqrt(tolerance) * terms[j])) x[j] = 0;
-        for (long i = 0; i < rank; i++) {
-            double *row = both + i * n;
-            for (long j = 0; j < i; j++)
-                row[j] = (row[j] - dot(row, both + j * n, j)) / both[j * n + j];
-            row[i] = sqrt(row[i] - dot(row, row, i));
-        }
-        forth(both, x, rank, n), back(both, x, rank, n);
-        forth(b->lower, x, rank, n), back(b->lower, x, rank, n);
-        forth(both, x, rank, n), back(both, x, rank, n);
-        for (long i = 0; i < n; i++) y[i] = dot(b->f + i * n, x, rank);
+        return numbers[1] / b->least;
     }
-    for (long i = 0; i < n; i++) product[i] = dot(b->c + i * n, y, n);
+    const double doubt = numbers[0] / b->least;
+    /* W (WᵀW)⁻¹ (F_1 F_1ᵀ)⁻¹ (WᵀW)⁻¹ Wᵀ 1; WᵀW has eigenvalues of 1 and more. */
+    spread(b);
+    memset(both, 0, sizeof(double) * n * n);
+    for (long i = 0; i < n; i++) {
+        const double *row = b->f + i * n;
+        for (long j = 0; j < rank; j++) {
+            x[j] += row[j];
+            if (row[j] == 0) continue;
+            for (long k = 0; k <= j; k++) both[j * n + k] += row[j] * row[k];
+        }
+    }
+    for (long i = 0; i < rank; i++) {
+        double *row = both + i * n;
+        for (long j = 0; j < i; j++)
+            row[j] = (row[j] - dot(row, both + j * n, j)) / both[j * n + j];
+        row[i] = sqrt(row[i] - dot(row, row, i));
+    }
+    forth(both, x, rank, n);
+    square = dot(x, x, rank);
+    back(both, x, rank, n);
+    forth(b->lower, x, rank, n), back(b->lower, x, rank, n);
+    forth(both, x, rank, n), back(both, x, rank, n);
+    for (long i = 0; i < n; i++)
+        y[i] = square > n * doubt * doubt ? dot(b->f + i * n, x, rank) : 0;
+    for (long i = 0; i < n; i++) along[i] = dot(b->c + i * n, y, n);
+    return doubt;
 }
 
-/* Equal projections on every unit gradient, weights that sum to 1. numbers: rank tolerance. */
+/* Equal projections on every unit gradient, weights that sum to 1. numbers: see `equal_angles`. */
 static void imtl_g(struct task *task)
 {
     struct basis b = scale(task);
-    double y[MAX_TASKS], product[MAX_TASKS], sum = 0, size = 0;
-    equal_angles(&b, task->numbers[0], y, product);
+    double y[MAX_TASKS], along[MAX_TASKS], sum = 0, size = 0;
+    const double doubt = equal_angles(&b, task->numbers, y, along);
     for (long i = 0; i < task->count; i++) task->weights[i] = 0;
     for (long i = 0; i < b.n; i++) {
         y[i] /= b.norm[i];
         sum += y[i], size += fabs(y[i]);
     }
-    if (!(fabs(sum) > sqrt(task->numbers[0]) * size)) return;
+    if (!(fabs(sum) > doubt * size)) return;
     for (long i = 0; i < b.n; i++) task->weights[b.task[i]] = y[i] / sum;
 }
 
@@ -158,14 +162,11 @@ SOLVER(imtl_g, SCRATCH)
 static void config(struct task *task)
 {
     struct basis b = scale(task);
-    double y[MAX_TASKS], product[MAX_TASKS], square = 0, length = 0, size = 0;
-    equal_angles(&b, task->numbers[0], y, product);
-    for (long i = 0; i < b.n; i++) {
-        square += y[i] * product[i];
-        length += b.norm[i] * product[i];
-        size += fabs(y[i]);
-    }
-    const double factor = square > 1e-24 * size * size ? length / square : 0;
+    double y[MAX_TASKS], along[MAX_TASKS];
+    equal_angles(&b, task->numbers, y, along);
+    const double square = dot(y, along, b.n), length = dot(b.norm, along, b.n);
+    /* ‖x‖², of which rounding of C leaves no more unsure than that. */
+    const double factor = square > task->numbers[1] * dot(y, y, b.n) ? length / square : 0;
     for (long i = 0; i < task->count; i++) task->weights[i] = 0;
     for (long i = 0; i < b.n; i++) task->weights[b.task[i]] = factor * y[i] / b.norm[i];
 }
@@ -208,16 +209,6 @@ static void gradops(struct task *task)
 }
 
 SOLVER(gradops, SCRATCH)
-
-/* Σ x_k y_k, and Σ |x_k y_k|. */
-static double dot_and_size(const double *x, const double *y, long n, double *size)
-{
-    double sum = 0, terms = 0;
-#pragma omp simd reduction(+ : sum, terms)
-    for (long k = 0; k < n; k++) sum += x[k] * y[k], terms += fabs(x[k] * y[k]);
-    *size = terms;
-    return sum;
-}
 
 /* Rows of a become orthogonal, by rotations of two at a time; their squared lengths. Where rows go
    from large to small, small ones keep their relative accuracy (Demmel and Veselić, SIAM J. Matrix
@@ -361,7 +352,7 @@ static void aligned_mtl(struct task *task)
 {
     double most = 0, least = INFINITY, size[MAX_TASKS] = {0}, square[MAX_TASKS] = {0};
     for (long i = 0; i < task->count; i++) most = fmax(most, task->gram[i * (task->count + 1)]);
-    if (task->count > MOST_ROTATED &&
+    if (task->count > MOST_ROTATED && most > 0 &&
         align_well(task, most, task->scratch, task->scratch + task->count * task->count))
         return;
     for (long i = 0; i < task->count; i++) task->weights[i] = 0;

@@ -43,6 +43,16 @@ static inline double dot(const double *a, const double *b, long count)
     return sum;
 }
 
+/* Σ x_k y_k, and Σ |x_k y_k|. */
+static inline double dot_and_size(const double *x, const double *y, long n, double *size)
+{
+    double sum = 0, terms = 0;
+#pragma omp simd reduction(+ : sum, terms)
+    for (long k = 0; k < n; k++) sum += x[k] * y[k], terms += fabs(x[k] * y[k]);
+    *size = terms;
+    return sum;
+}
+
 /* int gradsurgery_step_NAME(gram, extra, strides in bytes, how many, numbers, weights, batch, count,
    threads): 0, or 1 where memory ran out. A matrix that is not finite gives NaN weights, and what
    `extra` holds for it stays as it is. */
