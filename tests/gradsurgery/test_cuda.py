@@ -74,7 +74,7 @@ def largest(found: Tensor, wanted: Tensor) -> float:
 
 # ------------------------------------------------------------------ gram, combine
 
-# Relative to the product of two norms: what `resolution` promises, on tensor cores 1e-6.
+# Relative to the product of two norms: what `relative_error` promises, on tensor cores 1e-6.
 GRAM_TOLERANCE = {
     torch.float64: 1e-13,
     torch.float32: 1e-6,
@@ -117,7 +117,7 @@ def check_kernels(rows: Tensor, backend: str = "auto") -> None:
     found = kernels.gram(rows, backend=backend)
     assert found.dtype == torch.float64
     error = float(((found - wanted).abs() / (lengths[:, None] * lengths)).max())
-    promised = kernels.resolution(rows) if backend == "auto" else blocked.resolution(rows)
+    promised = kernels.relative_error(rows) if backend == "auto" else blocked.relative_error(rows)
     limit = min(GRAM_TOLERANCE[dtype], max(promised, 1e-13))
     assert error <= limit, f"gram: largest error {error:.2e} of two norms, allowed {limit:.2e}"
     assert torch.equal(found, kernels.gram(rows, backend=backend)), "gram: other bits again"
