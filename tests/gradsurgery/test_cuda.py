@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 as well, the "device" side is then Triton's interpreter.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
@@ -538,6 +539,8 @@ def warmed_up_and_captured(step: Callable[[], None], warm: int) -> torch.cuda.CU
         for _ in range(warm):
             step()
     torch.cuda.current_stream().wait_stream(aside)
+    # What earlier tests left must not be freed while the graph is captured.
+    gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
