@@ -111,7 +111,7 @@ def test_solvers_in_one_launch_compile(count: int, capability: int, tmp_path: Pa
         (triton_spectral.aligned_mtl_one, {"TOLERANCE": 1e-13}),
     ):
         code = compiled.compiled(kernel, ["*fp64"] * 2, constants | sizes, capability, warps)
-        # A thread holds 128 bytes of a matrix of 64 × 64. What does not fit is in the first-level cache.
+        # A thread holds 128 bytes of a matrix of 64 × 64; what is too much stays in the cache.
         assert compiled.resources(code, tmp_path).stack <= (1024 if count == 64 else 64)
 
 
