@@ -13,9 +13,11 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-compiled = pytest.importorskip("compiled").compiled
+compiled = pytest.importorskip("compiled")
 triton_rows = pytest.importorskip("gradsurgery.kernels.triton_rows")
 triton_tasks = pytest.importorskip("gradsurgery.kernels.triton_tasks")
+triton_barrier = pytest.importorskip("gradsurgery.kernels.triton_barrier")
+triton_spectral = pytest.importorskip("gradsurgery.kernels.triton_spectral")
 
 HERE = Path(__file__).parent
 TYPES = ["fp16", "bf16", "fp32", "fp64"]
@@ -58,11 +60,11 @@ def test_kernels_on_rows_compile(count: int, dtype: str, capability: int) -> Non
             constants["PRECISION"] = "tf32" if short else "tf32x3"
         else:
             kernel = triton_rows.gram_by_lanes
-        assert compiled(kernel, types, constants, capability)
+        assert compiled.compiled(kernel, types, constants, capability)
         wider = tl.float64 if dtype in ("fp32", "fp64") else tl.float32
         constants = {"B": triton_rows.COMBINE_COLUMNS, "ACC": wider, "SEGMENTED": segmented}
         types = [rows, number, rows, index, index, size, size, "i32", "i32", "i32"]
-        assert compiled(triton_rows.combine_rows, types, constants, capability)
+        assert compiled.compiled(triton_rows.combine_rows, types, constants, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -91,14 +93,33 @@ def test_small_kernels_compile(count: int, capability: int) -> None:
         types, constants = [order, "i32", order, "i32"], {"SHARED": shared, **sizes}
         cases.append((triton_tasks.random_orders, types, constants))
     for kernel, types, constants in cases:
-        assert compiled(kernel, types, constants, capability)
+        assert compiled.compiled(kernel, types, constants, capability)
+
+
+@pytest.mark.parametrize("capability", [*CAPABILITIES, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, 8, 64])
+def test_solvers_in_one_launch_compile(count: int, capability: int, tmp_path: Path) -> None:
+    sizes = triton_tasks._sizes(count)
+    warps = sizes.pop("num_warps")
+    numbers = {"TOLERANCE": 1e-10, "NOISE": 1e-14}
+    for kernel, constants in (
+        (triton_barrier.balance_one, {"EXPONENT": 0.5, "RIDGE": 1e-12}),
+        (triton_spectral.imtl_g_one, numbers),
+        (triton_spectral.config_one, numbers),
+        (triton_spectral.gradops_one, numbers),
+        (triton_spectral.aligned_mtl_one, {"TOLERANCE": 1e-13}),
+    ):
+        code = compiled.compiled(kernel, ["*fp64"] * 2, constants | sizes, capability, warps)
+        # A thread holds 128 bytes of a matrix of 64 × 64; what is too much stays in the cache.
+        assert compiled.resources(code, tmp_path).stack <= (1024 if count == 64 else 64)
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
-    """`test_triton.py`, in a process where Triton runs on the CPU from the start."""
+@pytest.mark.parametrize("file", ["test_triton.py", "test_triton_spectral.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
+    """In a process where Triton runs on the CPU from the start."""
     pytest.importorskip("numpy")
-    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "test_triton.py")]
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / file)]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"},

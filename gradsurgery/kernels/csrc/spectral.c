@@ -336,7 +336,8 @@ static int align_well(const struct task *task, double most, double *a, double *v
     tridiagonalise(a, v, diagonal, beside, x, n);
     for (long i = 0; i < n; i++) sum += diagonal[i];
     const double least = smallest(diagonal, beside, n);
-    if (!(least > 1e-6 * sum)) return 0;
+    /* A matrix that is no M, with a negative diagonal, may have any sum. */
+    if (!(sum > 0 && least > 1e-6 * sum)) return 0;
     inverse_root(diagonal, beside, least, sum, x, n);
     for (long k = n - 2; k >= 0; k--) {
         const double *mine = v + k * n + k + 1, along = dot(x + k + 1, mine, n - k - 1);
